@@ -1,0 +1,184 @@
+"""Can this be optimised? Every reason against it as a sentence, before any work is done."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fxopt.errors import InvalidRequestError
+from fxopt.lower import BACKENDS
+from fxopt.model import FastModel
+from fxopt.passes import PASSES
+from fxopt.rewrite import Pass
+
+Selection = str | Iterable[str | Pass[Any] | type[Pass[Any]]] | Mapping[str, Any] | None
+
+#: Names for whole selections: the passes each leaves out.
+PRESETS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "minimal": frozenset(kind.name for kind in PASSES if not kind.required),
+}
+
+
+def admit(model: Any, *, max_len: Any, max_batch: Any, chunk: Any, backend: Any, verify: Any) -> None:
+    """Raise a sentence if the request cannot be served."""
+    _admit_model(model)
+    _admit_number("max_len", max_len, at_least=2)
+    _admit_number("chunk", chunk, at_least=2)
+    if max_batch is not None:
+        _admit_number("max_batch", max_batch, at_least=1)
+    _admit_choice("backend", backend, BACKENDS)
+    _admit_choice("verify", verify, ("final", "off"))
+    limit = position_limit(model)
+    if limit is not None and max_len > limit:
+        raise InvalidRequestError(
+            f"max_len={max_len} is above the {limit} positions that {type(model).__name__} was made for; "
+            f"ask for at most {limit}"
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The number of positions a model can tell apart, if its config says so."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def select(passes: Selection) -> tuple[Pass[Any], ...]:
+    """The passes to apply, in pipeline order, from any form that a user may give."""
+    known = {kind.name: kind for kind in PASSES}
+    chosen: dict[str, Pass[Any]] = {name: kind() for name, kind in known.items()}
+    if passes is None:
+        return tuple(chosen.values())
+    if isinstance(passes, str):
+        if passes not in PRESETS:
+            raise InvalidRequestError(_unknown("preset", passes, PRESETS))
+        return tuple(p for p in chosen.values() if p.name not in PRESETS[passes])
+    if isinstance(passes, Mapping):
+        for name, wanted in passes.items():
+            _known_name(name, known)
+            if isinstance(wanted, Pass):
+                chosen[name] = wanted
+            elif isinstance(wanted, Mapping):
+                chosen[name] = _with_options(known[name], wanted)
+            elif wanted is False:
+                _leave_out(chosen, name)
+            elif wanted is not True:
+                raise InvalidRequestError(f"passes[{name!r}] is {wanted!r}; give True, False, options or a pass object")
+        return tuple(chosen.values())
+    named: dict[str, Pass[Any]] = {name: p for name, p in chosen.items() if p.required}
+    for item in passes:
+        rewriter = _as_pass(item, known)
+        named[rewriter.name] = rewriter
+    order = [*known, *(name for name in named if name not in known)]
+    return tuple(named[name] for name in order if name in named)
+
+
+def _as_pass(item: Any, known: Mapping[str, type[Pass[Any]]]) -> Pass[Any]:
+    if isinstance(item, Pass):
+        return item
+    if isinstance(item, type) and issubclass(item, Pass):
+        return item()
+    if isinstance(item, str):
+        _known_name(item, known)
+        return known[item]()
+    raise InvalidRequestError(f"{item!r} is no pass; give a name, a pass class or a pass object")
+
+
+def _with_options(kind: type[Pass[Any]], options: Mapping[str, Any]) -> Pass[Any]:
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise InvalidRequestError(f"{kind.name} does not take these options: {error}") from None
+
+
+def _leave_out(chosen: dict[str, Pass[Any]], name: str) -> None:
+    if chosen[name].required:
+        raise InvalidRequestError(
+            f"{name} cannot be left out: the runtime stands on the graph that it makes. "
+            f"These can: {', '.join(p.name for p in chosen.values() if not p.required)}"
+        )
+    del chosen[name]
+
+
+def _known_name(name: Any, known: Mapping[str, Any]) -> None:
+    if name not in known:
+        raise InvalidRequestError(_unknown("pass", name, known))
+
+
+def _unknown(kind: str, name: Any, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    return f"there is no {kind} named {name!r}; {hint}"
+
+
+def _admit_model(model: Any) -> None:
+    name = type(model).__name__
+    if isinstance(model, FastModel):
+        raise InvalidRequestError(f"this {name} is optimised already; call fxopt.optimize on the stock model")
+    if hasattr(model, "peft_config") or name.startswith("Peft"):
+        raise InvalidRequestError(
+            f"{name} carries PEFT adapters, which are not captured; merge them first (model.merge_and_unload())"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidRequestError(f"a {name} was given, but a Hugging Face causal LM (PreTrainedModel) is needed")
+    if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
+        raise InvalidRequestError(
+            f"{name} is no decoder-only causal LM; load the model with AutoModelForCausalLM.from_pretrained"
+        )
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise InvalidRequestError(
+            f"{name} is quantised; only plain float weights (float32, bfloat16, float16) are supported so far"
+        )
+    if model.training:
+        raise InvalidRequestError(f"{name} is in training mode; call model.eval() first")
+    _admit_modules(model)
+    _admit_devices(model)
+
+
+def _admit_modules(model: PreTrainedModel) -> None:
+    for path, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if hooks or hasattr(module, "_hf_hook"):
+            where = path or type(model).__name__
+            raise InvalidRequestError(
+                f"{where} has forward hooks, which a captured graph would not run; remove them first"
+            )
+        if type(module) is not nn.Linear and isinstance(module, nn.Linear) and module.weight.dtype not in _FLOATS:
+            raise InvalidRequestError(f"{path} is a {type(module).__name__}; only plain float weights are supported")
+
+
+def _admit_devices(model: PreTrainedModel) -> None:
+    parameters = dict(model.named_parameters())
+    devices = sorted({str(parameter.device) for parameter in parameters.values()})
+    if len(devices) > 1:
+        raise InvalidRequestError(f"the weights lie on {' and '.join(devices)}; move the model to one device first")
+    if devices == ["meta"]:
+        raise InvalidRequestError("the weights are on the meta device and have no values; load the model first")
+    odd = sorted({str(p.dtype) for p in parameters.values() if p.dtype not in _FLOATS})
+    if odd:
+        raise InvalidRequestError(f"some weights are {' and '.join(odd)}; only float weights are supported")
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _admit_number(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(f"{name}={value!r} is no whole number")
+    if value < at_least:
+        raise InvalidRequestError(f"{name}={value} is too small; give at least {at_least}")
+
+
+def _admit_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InvalidRequestError(f"{name}={value!r} is not one of {', '.join(choices)}.{hint}")

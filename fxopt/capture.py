@@ -1,0 +1,189 @@
+"""A Hugging Face causal LM as one symbolic graph.
+
+``torch.export`` runs over a thin wrapper whose inputs are plain tensors: tokens, mask, positions,
+and the keys and values of the past, already lying in the layers of a ``DynamicCache``. Batch,
+step and past are symbols; all layers share one ``past``. What comes out is the model's own ATen
+code with one ``cat`` per layer for K and one for V, which is what the passes want to rewrite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from fxopt.errors import CaptureError
+from fxopt.program import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, Facts, KVShape, Program, key_name, value_name
+
+#: Sizes to trace with: different from each other and from 1, so that none is taken for another.
+BATCH, STEP, PAST = 2, 3, 5
+
+_lock = threading.Lock()
+
+
+def capture(model: PreTrainedModel, *, max_len: int, capacity: int) -> Program:
+    """Capture ``model`` once; its configuration is as it was, also after an error."""
+    with _lock, _exportable(model), torch.no_grad():
+        layers, output_class = _probe(model)
+        facts = Facts(
+            layers=layers,
+            capacity=capacity,
+            max_len=max_len,
+            dtype=model.dtype,
+            device=model.device,
+            gated_mlps=_count_modules(model, [("gate_proj", "up_proj"), ("w1", "w3")]),
+            split_qkv=_count_modules(model, [("q_proj", "k_proj", "v_proj"), ("query", "key", "value")]),
+            output_class=output_class,
+        )
+        exported = _export(model, layers)
+    return _program(exported, facts)
+
+
+class _TensorsIn(nn.Module):
+    """The model as a function of tensors alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.takes_positions = POSITION_IDS in inspect.signature(model.forward).parameters
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        cache = _cache_holding(keys, values)
+        positions = {POSITION_IDS: position_ids} if self.takes_positions else {}
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions
+        )
+        return output.logits, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+
+
+def _cache_holding(keys: list[Tensor], values: list[Tensor]) -> DynamicCache:
+    """A cache that has these tensors already: starting empty would trace a cat with ``tensor([])``.
+
+    Sliding layers are captured as full ones, since a trace would bake in HF's Python counters.
+    """
+    cache = DynamicCache()
+    for key, value in zip(keys, values, strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        cache.layers.append(layer)
+    return cache
+
+
+@contextlib.contextmanager
+def _exportable(model: PreTrainedModel) -> Iterator[None]:
+    """Choose implementations that trace to ATen, and put the user's own back afterwards."""
+    with contextlib.ExitStack() as stack:
+        attention = model.config._attn_implementation
+        if attention not in ("eager", "sdpa"):
+            model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+            stack.callback(model.set_attn_implementation, attention)
+        experts = getattr(model.config, "_experts_implementation", None)
+        if experts not in (None, "grouped_mm", "batched_mm"):
+            # The eager form loops over the experts that were hit, which depends on the data.
+            model.config._experts_implementation = "grouped_mm"
+            stack.callback(setattr, model.config, "_experts_implementation", experts)
+        yield
+
+
+def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], type]:
+    """Run two tokens; look at what the model keeps of them, and in what it hands out its result."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    cache = DynamicCache()
+    try:
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__} cannot run two tokens with a DynamicCache: {error}") from error
+    shapes = []
+    for index, layer in enumerate(cache.layers):
+        key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if type(layer) is not DynamicLayer or key is None or value is None or key.dim() != 4 or key.shape[2] != 2:
+            raise CaptureError(
+                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, but only keys and values of "
+                "shape [batch, heads, tokens, dim] are supported so far; use the stock model"
+            )
+        shapes.append(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]))
+    if not shapes:
+        raise CaptureError(f"{type(model).__name__} kept nothing in the cache it was given; use the stock model")
+    return tuple(shapes), type(output)
+
+
+def _export(model: PreTrainedModel, layers: tuple[KVShape, ...]) -> torch.export.ExportedProgram:
+    like = {"dtype": model.dtype, "device": model.device}
+    shapes = [layer.shapes(BATCH, PAST) for layer in layers]
+    arguments = {
+        INPUT_IDS: torch.zeros(BATCH, STEP, dtype=torch.long, device=model.device),
+        ATTENTION_MASK: torch.ones(BATCH, PAST + STEP, dtype=torch.long, device=model.device),
+        POSITION_IDS: torch.arange(PAST, PAST + STEP, device=model.device).repeat(BATCH, 1),
+        "keys": [torch.zeros(key, **like) for key, _ in shapes],
+        "values": [torch.zeros(value, **like) for _, value in shapes],
+    }
+    batch, step, past = Dim("batch"), Dim("step"), Dim("past")
+    dynamic = {
+        INPUT_IDS: {0: batch, 1: step},
+        ATTENTION_MASK: {0: batch, 1: Dim.AUTO},
+        POSITION_IDS: {0: batch, 1: step},
+        "keys": [{0: batch, 2: past}] * len(layers),
+        "values": [{0: batch, 2: past}] * len(layers),
+    }
+    try:
+        return torch.export.export(_TensorsIn(model), (), arguments, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured as one graph with symbolic lengths: {first_line} "
+            "The stock model is unchanged; models whose code branches on the length or on data are not supported yet."
+        ) from error
+
+
+def _program(exported: torch.export.ExportedProgram, facts: Facts) -> Program:
+    """Flatten the exported call: placeholders by our names, one flat tuple of outputs."""
+    module = exported.module()
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" and not node.users:  # export's check of its own input guards
+            graph.erase_node(node)
+    graph.set_codegen(CodeGen())
+    names = [INPUT_IDS, ATTENTION_MASK, POSITION_IDS]
+    names += [key_name(i) for i in range(len(facts.layers))] + [value_name(i) for i in range(len(facts.layers))]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node.target = name
+        node._rename(name)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.users:  # read each weight where it is first used
+            min(node.users).prepend(node)
+    fake_mode = placeholders[0].meta["val"].fake_mode
+    program = Program(GraphModule(module, graph, class_name="CausalLM"), facts, fake_mode)
+    for node in graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta:
+            node.meta["val"] = fake_mode.from_tensor(program.attribute(node), static_shapes=True)
+    return program
+
+
+def _count_modules(model: nn.Module, families: list[tuple[str, ...]]) -> int:
+    """How many modules have children of one of these names, each a plain linear layer."""
+
+    def has(module: nn.Module, names: tuple[str, ...]) -> bool:
+        return all(type(getattr(module, name, None)) is nn.Linear for name in names)
+
+    return sum(any(has(module, names) for names in families) for module in model.modules())
+
+

@@ -1,0 +1,107 @@
+"""A specialised graph as something to call: Inductor, AOTAutograd alone, or plain FX.
+
+Weights and cache buffers are lifted to inputs of the compiled code. One compiled graph then serves
+every set of buffers, sees weights that are updated in place, and holds no memory of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch.fx import GraphModule, Node
+
+from fxopt.in_place import InPlaceProof, prove_in_place
+from fxopt.program import ATTENTION_MASK, INPUT_IDS, Program
+from fxopt.views import shape
+
+Backend = Literal["inductor", "aot_eager", "eager"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+_lock = threading.Lock()  # Inductor's configuration and tracing context are process-wide
+
+
+@dataclass
+class Lowered:
+    """A graph that runs; call it with one tensor per placeholder of its program."""
+
+    program: Program
+    call: Callable[..., Any]
+    inputs: tuple[str, ...]
+    weights: tuple[Tensor, ...]
+    windowed: bool  # whether it takes a mask of any length, or one over the whole buffers
+    proof: InPlaceProof | None = None
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        arguments = [tensors[name] for name in self.inputs]
+        logits = self.call(*arguments, *self.weights)[0]
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+def lower(program: Program, backend: Backend) -> Lowered:
+    """Compile one specialised program."""
+    module, inputs, weights = _lift(program)
+    examples = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    windowed = isinstance(shape(program.placeholders()[ATTENTION_MASK])[1], torch.SymInt)
+    if backend == "eager":
+        return Lowered(program, module, inputs, weights, windowed)
+    with _lock, tracing(TracingContext(program.fake_mode)), torch.no_grad():
+        if backend == "aot_eager":
+            return Lowered(program, _aot_eager(module, examples), inputs, weights, windowed)
+        call, text = _inductor(module, examples)
+    batch = int(shape(program.placeholders()[INPUT_IDS])[0])
+    proof = prove_in_place(text, program.facts, batch) if text else None
+    return Lowered(program, call, inputs, weights, windowed, proof)
+
+
+def _lift(program: Program) -> tuple[GraphModule, tuple[str, ...], tuple[Tensor, ...]]:
+    """The same graph with every weight as an input behind the others."""
+    lifted = program.copy()
+    graph = lifted.graph
+    inputs = tuple(lifted.placeholders())
+    last = lifted.placeholders()[inputs[-1]]
+    by_name: dict[str, Node] = {}
+    weights: list[Tensor] = []
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        if name not in by_name:
+            weights.append(lifted.attribute(node))
+            with graph.inserting_after(last):
+                last = by_name[name] = graph.placeholder(name.replace(".", "_"))
+            last.meta = dict(node.meta)
+        node.replace_all_uses_with(by_name[name])
+        graph.erase_node(node)
+    return GraphModule({}, graph), inputs, tuple(weights)
+
+
+def _aot_eager(module: GraphModule, examples: list[Any]) -> Callable[..., Any]:
+    from torch._dynamo.backends.debugging import aot_eager
+
+    compiled: Callable[..., Any] = aot_eager(module, examples)
+    return compiled
+
+
+def _inductor(module: GraphModule, examples: list[Any]) -> tuple[Callable[..., Any], str]:
+    """Compile, and bring back the text of the graph that Inductor made code for."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    texts: list[str] = []
+
+    def listen(gm: GraphModule, inputs: Any, **options: Any) -> Any:
+        compiled = compile_fx_inner(gm, inputs, **options)
+        texts.append(getattr(compiled, "inductor_post_grad_graph_str", ""))
+        return compiled
+
+    # Without AOTAutograd's own cache ``listen`` is always called; Inductor's cache still holds the code.
+    with functorch_config.patch(enable_autograd_cache=False):
+        call: Callable[..., Any] = compile_fx(module, examples, inner_compile=listen)
+    return call, "\n".join(texts)

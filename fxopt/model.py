@@ -1,0 +1,229 @@
+"""The object that ``optimize`` hands out: the user's model class, with forward on compiled graphs.
+
+It is an instance of a subclass of the model's own class and shares its modules, so ``generate``,
+``pipeline``, ``state_dict``, ``save_pretrained`` and ``isinstance`` work as before. Calls that the
+graphs do not serve run the untouched eager code, and are counted in ``fast.fxopt.stats``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from fxopt.cache import StaticCache
+from fxopt.engine import Engine
+from fxopt.errors import InvalidRequestError
+from fxopt.program import Program
+from fxopt.report import Report
+from fxopt.weights import WeightWatch
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class Handle:
+    """``fast.fxopt``: the report, the graphs and the counters of one optimised model."""
+
+    def __init__(self, engine: Engine, symbolic: Program, report: Report) -> None:
+        self.engine = engine
+        self.symbolic = symbolic
+        self.report = report
+        weights = [(str(n.target), symbolic.attribute(n)) for n in symbolic.graph.nodes if n.op == "get_attr"]
+        self.watch = WeightWatch(weights)
+
+    @property
+    def graphs(self) -> dict[str, GraphModule]:
+        """The rewritten graphs: the symbolic one, and those that run at batch size 1 or ``max_batch``."""
+        batch = self.engine.limits.max_batch or 1
+        return {
+            "symbolic": self.symbolic.gm,
+            "prefill": self.engine.lowered(self.engine.prefill_role(batch)).program.gm,
+            "decode": self.engine.lowered(self.engine.decode_role(batch)).program.gm,
+        }
+
+    @property
+    def stats(self) -> Counter[str]:
+        """How many steps ran on which graph, and how many on the eager model and why."""
+        return self.engine.stats
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory held in cache buffers, in use or waiting for the next call."""
+        return self.engine.pool.nbytes
+
+
+def make_fast(model: Model, engine: Engine, symbolic: Program, report: Report) -> Model:
+    """A second face of ``model``: same modules and weights, forward through ``engine``."""
+    stock_class = type(model)
+    fast_class = type(stock_class.__name__, (FastModel, stock_class), {"__module__": stock_class.__module__})
+    # ``generate`` reads the signature of forward to learn which inputs the model takes.
+    fast_class.forward = functools.wraps(stock_class.forward)(FastModel.forward)
+    fast = fast_class.__new__(fast_class)
+    fast.__dict__.update({name: _own(value) for name, value in model.__dict__.items()})
+    fast.generation_config = copy.deepcopy(model.generation_config)
+    fast.fxopt = Handle(engine, symbolic, report)
+    return cast(Model, fast)
+
+
+def _own(value: Any) -> Any:
+    """Containers are copied, so that registering a hook or a module on one face leaves the other alone."""
+    return value.copy() if isinstance(value, (dict, set)) else value
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One call of forward that the graphs serve."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    cache: StaticCache | None
+    keep: int | Tensor
+    return_dict: bool
+
+
+class FastModel:
+    """Mixed in front of a causal LM's class."""
+
+    fxopt: Handle
+    config: Any
+    training: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        engine = self.fxopt.engine
+        request = _request(self, args, kwargs)
+        if isinstance(request, str):
+            engine.stats[f"eager: {request}"] += 1
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        batch, tokens = request.input_ids.shape
+        _check_batch(engine, batch)
+        cache = request.cache if request.cache is not None else engine.new_cache(batch)
+        if cache.length + tokens > engine.facts.max_len:
+            raise InvalidRequestError(
+                f"the cache holds {cache.length} tokens and {tokens} more were fed, but max_len is "
+                f"{engine.facts.max_len}; call fxopt.optimize with a larger max_len"
+            )
+        if cache.length == 0:
+            self.fxopt.watch.check()
+        cache.record_mask(request.attention_mask, tokens)
+        positions = request.position_ids
+        if positions is None:
+            positions = torch.arange(cache.length, cache.length + tokens, device=engine.facts.device)[None]
+        positions = positions.expand(batch, tokens)
+        last_only = isinstance(request.keep, int) and request.keep == 1
+        logits = engine.step(cache, request.input_ids, positions, last_only=last_only)
+        if not last_only:
+            kept = slice(-request.keep, None) if isinstance(request.keep, int) else request.keep
+            logits = logits[:, kept]
+        if not request.return_dict:
+            return logits, cache
+        return engine.facts.output_class(logits=logits, past_key_values=cache)
+
+    def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        config = super()._prepare_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
+        engine = self.fxopt.engine
+        prompt = kwargs.get("input_ids_length", args[3] if len(args) > 3 else 0)
+        if config.max_length > engine.facts.max_len and config.use_cache:
+            raise InvalidRequestError(
+                f"a prompt of {prompt} tokens and {config.max_length - prompt} new ones make {config.max_length}, but "
+                f"max_len is {engine.facts.max_len}; ask for fewer tokens or call fxopt.optimize with a larger max_len"
+            )
+        return config
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
+            return super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        _check_batch(self.fxopt.engine, batch_size * copies)
+        model_kwargs["past_key_values"] = self.fxopt.engine.new_cache(batch_size * copies)
+        return None
+
+
+def _check_batch(engine: Engine, batch: int) -> None:
+    limit = engine.limits.max_batch
+    if limit is not None and batch > limit:
+        raise InvalidRequestError(
+            f"a batch of {batch} sequences was given, but max_batch is {limit}; "
+            "split the batch or call fxopt.optimize with a larger max_batch"
+        )
+
+
+#: Arguments of forward that ask for something the graphs compute.
+_SERVED = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    "cache_position",
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _parameter_names(stock_class: type) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(stock_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Request | str:
+    """What a call asks for, or the reason why only the eager model can serve it."""
+    given = dict(zip(_parameter_names(type(model)), args, strict=False)) | kwargs
+    asked = {name for name, value in given.items() if value is not None and value is not False}
+    config, engine = model.config, model.fxopt.engine
+    if model.training:
+        return "training mode"
+    if extra := asked - _SERVED:
+        return f"{', '.join(sorted(extra))} given"
+    if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
+        return "the config asks for attentions or hidden states"
+    use_cache, cache = given.get("use_cache"), given.get("past_key_values")
+    if not (config.use_cache if use_cache is None else use_cache):
+        return "use_cache=False"
+    if cache is not None and not (isinstance(cache, StaticCache) and cache.pool is engine.pool):
+        return f"a foreign cache ({type(cache).__name__})"
+    input_ids, mask, positions = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids")
+    if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        return "no input_ids of shape [batch, tokens]"
+    if input_ids.device != engine.facts.device:
+        raise InvalidRequestError(
+            f"input_ids is on {input_ids.device} but the model is on {engine.facts.device}; move the inputs"
+        )
+    filled = cache.length if cache is not None else 0
+    if cache is None and input_ids.shape[1] > engine.facts.max_len:
+        return "more tokens than max_len without a cache of ours"
+    if cache is not None and cache.buffers.batch != input_ids.shape[0]:
+        return "a batch size other than the cache's"
+    if mask is not None and tuple(mask.shape) != (input_ids.shape[0], filled + input_ids.shape[1]):
+        return "an attention mask that is not [batch, past + tokens]"
+    if positions is not None and positions.dim() != 2:
+        return "positions that are not [batch, tokens]"
+    if positions is None and mask is not None and not bool(mask.all()):
+        return "a padded batch without position_ids, whose positions only the model's own code knows"
+    return_dict = given.get("return_dict")
+    return _Request(
+        input_ids,
+        mask,
+        positions,
+        cache,
+        given.get("logits_to_keep") or 0,
+        config.return_dict if return_dict is None else return_dict,
+    )

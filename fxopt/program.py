@@ -1,0 +1,127 @@
+"""The graph that passes rewrite, together with the facts about it that they may rely on.
+
+Legend for shapes: B batch, S step (tokens fed at once), P past tokens, N window (rows of the
+cache that attention reads), H heads, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+INPUT_IDS = "input_ids"  # [B, S]
+ATTENTION_MASK = "attention_mask"  # [B, N], 1 where a row of the cache may be attended to
+POSITION_IDS = "position_ids"  # [B, S]
+CACHE_POSITION = "cache_position"  # [S], the rows of the cache that this step writes
+LOGIT_POSITIONS = "logit_positions"  # [K], the steps whose logits are asked for
+
+
+def key_name(layer: int) -> str:
+    return f"key_{layer}"
+
+
+def value_name(layer: int) -> str:
+    return f"value_{layer}"
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one layer keeps per token: the heads and widths of its key and its value."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    def shapes(self, batch: int, rows: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+        return (batch, self.key_heads, rows, self.key_dim), (batch, self.value_heads, rows, self.value_dim)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is true of the model and of this request, whatever the graph looks like."""
+
+    layers: tuple[KVShape, ...]
+    capacity: int  # rows of every cache buffer
+    max_len: int
+    dtype: torch.dtype
+    device: torch.device
+    gated_mlps: int  # MLPs with a gate and an up projection of their own
+    split_qkv: int  # attention layers with three projections of their own
+    output_class: type  # what the model's forward returns
+    fused: bool = False  # whether a compiler will fuse elementwise ops and sums
+
+    @property
+    def kv_bytes_per_row(self) -> int:
+        elements = sum(s.key_heads * s.key_dim + s.value_heads * s.value_dim for s in self.layers)
+        return elements * self.dtype.itemsize
+
+
+@dataclass
+class Program:
+    """One graph: ``gm`` holds it and its weights; placeholders are named as above."""
+
+    gm: GraphModule
+    facts: Facts
+    fake_mode: Any  # torch's FakeTensorMode, which ships without types
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.gm.graph
+
+    @property
+    def shape_env(self) -> ShapeEnv:
+        shape_env = self.fake_mode.shape_env
+        assert isinstance(shape_env, ShapeEnv)
+        return shape_env
+
+    def placeholders(self) -> dict[str, Node]:
+        return {str(node.target): node for node in self.graph.nodes if node.op == "placeholder"}
+
+    def has_input(self, name: str) -> bool:
+        return name in self.placeholders()
+
+    def add_input(self, name: str, example: Any, after: Node) -> Node:
+        """Add a graph input, placed behind another one so that buffers stay last."""
+        with self.graph.inserting_after(after):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = example
+        return node
+
+    def output(self) -> Node:
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    def logits(self) -> Node:
+        outputs = self.output().args[0]
+        assert isinstance(outputs, (tuple, list))
+        node = outputs[0]
+        assert isinstance(node, Node)
+        return node
+
+    def first_use_point(self) -> Node:
+        """The first node behind the placeholders: where values that depend on inputs alone go."""
+        return next(node for node in self.graph.nodes if node.op != "placeholder")
+
+    def attribute(self, node: Node) -> torch.Tensor:
+        """The tensor that a ``get_attr`` node reads."""
+        value: Any = self.gm
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{node} reads {node.target}, which is a {type(value).__name__} and no tensor")
+        return value
+
+    def copy(self) -> Program:
+        """A program with a graph of its own that shares every weight with this one."""
+        graph = torch.fx.Graph(tracer_cls=self.graph._tracer_cls)
+        mapping: dict[Node, Node] = {}
+        result = graph.graph_copy(self.graph, mapping)
+        graph.output(result)
+        new_output = next(iter(reversed(graph.nodes)))
+        new_output.meta = copy.copy(self.output().meta)
+        return replace(self, gm=GraphModule(self.gm, graph, class_name=type(self.gm).__name__))

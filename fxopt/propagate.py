@@ -1,0 +1,92 @@
+"""Keeping ``meta["val"]`` true: fake tensors for new nodes, and for whatever a change reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.utils import _pytree as pytree
+
+from fxopt.program import Program
+
+
+def snapshot(program: Program) -> dict[Node, Any]:
+    """The values known now, by identity, to hand to :func:`propagate` after a change."""
+    return {node: node.meta.get("val") for node in program.graph.nodes}
+
+
+def propagate(program: Program, known: dict[Node, Any] | None = None) -> None:
+    """Compute the fake value of every node that is new or downstream of a change.
+
+    ``known`` is an earlier :func:`snapshot`; without one every node is computed afresh.
+    """
+    changed: set[Node] = set()
+    with program.fake_mode, enable_python_dispatcher(), torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "output":
+                continue
+            if node.op == "placeholder":
+                if known is None or known.get(node) is not node.meta["val"]:
+                    changed.add(node)
+                continue
+            edited = known is None or node not in known or node.meta.get("fxopt_edited", False)
+            node.meta.pop("fxopt_edited", None)
+            if not edited and changed.isdisjoint(node.all_input_nodes):
+                continue
+            before = None if known is None else known.get(node)
+            node.meta["val"] = _evaluate(program, node)
+            if not _same(before, node.meta["val"]):
+                changed.add(node)
+
+
+def mark_edited(node: Node) -> None:
+    """Say that a node that stays has new arguments, so that its value is computed again."""
+    node.meta["fxopt_edited"] = True
+
+
+def fold_constants(program: Program) -> None:
+    """Write sizes that turned out to be constants as numbers into whoever reads them."""
+    for node in list(program.graph.nodes):
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, (int, bool, float)):
+            for user in list(node.users):
+                user.args = torch.fx.map_arg(user.args, lambda n, node=node, value=value: value if n is node else n)
+                user.kwargs = torch.fx.map_arg(user.kwargs, lambda n, node=node, value=value: value if n is node else n)
+            program.graph.erase_node(node)
+
+
+def _evaluate(program: Program, node: Node) -> Any:
+    if node.op == "get_attr":
+        return program.fake_mode.from_tensor(program.attribute(node), static_shapes=True)
+    if node.op != "call_function":
+        raise TypeError(f"{node} is a {node.op}; a captured graph holds calls of operators only")
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _same(a: Any, b: Any) -> bool:
+    flat_a, spec_a = pytree.tree_flatten(a)
+    flat_b, spec_b = pytree.tree_flatten(b)
+    return spec_a == spec_b and all(_same_leaf(x, y) for x, y in zip(flat_a, flat_b, strict=True))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return (
+            a.dtype == b.dtype and a.device == b.device and _sizes(a) == _sizes(b) and _strides(a) == _strides(b)
+        )
+    if isinstance(a, py_sym_types) and isinstance(b, py_sym_types):
+        return bool(a.node.expr == b.node.expr)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _sizes(tensor: torch.Tensor) -> list[str]:
+    return [str(size) for size in tensor.shape]
+
+
+def _strides(tensor: torch.Tensor) -> list[str]:
+    return [str(stride) for stride in tensor.stride()]

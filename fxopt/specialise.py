@@ -1,0 +1,81 @@
+"""From the one symbolic graph to the graphs that run: batch and step bound, constants folded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fxopt.errors import RewriteError
+from fxopt.program import ATTENTION_MASK, INPUT_IDS, LOGIT_POSITIONS, Program
+from fxopt.propagate import fold_constants, propagate
+from fxopt.rewrite import remove_dead_code
+from fxopt.symbols import expression, fresh_size
+
+
+@dataclass(frozen=True)
+class Role:
+    """One of the graphs that a model runs as."""
+
+    name: str
+    batch: int
+    longest_step: int  # 1: one token at a time; more: any number from 2 to this
+    all_logits: bool = False  # logits of every token fed, not of the last one alone
+
+
+def specialise(program: Program, role: Role) -> Program:
+    """Bind the symbols of ``program`` for ``role``; sizes that become numbers are written as such."""
+    bound = program.copy()
+    bound.fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
+    sizes = _sizes(program, bound.shape_env, role)
+    with bound.fake_mode:
+        for node in bound.placeholders().values():
+            old = node.meta["val"]
+            new = [sizes.get(e, e) if (e := expression(size)) is not None else size for size in old.shape]
+            shape = [int(size) if isinstance(size, sympy.Integer) else size for size in new]
+            node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
+    propagate(bound)
+    fold_constants(bound)
+    remove_dead_code(bound)
+    bound.graph.lint()
+    _check_still_symbolic(bound, role, [size for size in sizes.values() if isinstance(size, torch.SymInt)])
+    return replace(bound, gm=bound.copy().gm)
+
+
+def _sizes(program: Program, shape_env: ShapeEnv, role: Role) -> dict[sympy.Expr, int | torch.SymInt]:
+    """What each symbolic size of the captured graph stands for in this role."""
+    inputs = program.placeholders()
+    tokens = inputs[INPUT_IDS].meta["val"]
+    # A hint is a typical value, and must not be one that code treats differently.
+    step: int | torch.SymInt = 1
+    if role.longest_step > 1:
+        step = fresh_size(shape_env, "step", hint=max(3, role.longest_step - 1))
+    sizes: dict[sympy.Expr, int | torch.SymInt] = {}
+
+    def bind(size: object, value: int | torch.SymInt) -> None:
+        symbol = expression(size)
+        if isinstance(symbol, sympy.Symbol):
+            sizes[symbol] = value
+
+    bind(tokens.shape[0], role.batch)
+    bind(tokens.shape[1], step)
+    window = expression(inputs[ATTENTION_MASK].meta["val"].shape[1])
+    if isinstance(window, sympy.Symbol):
+        sizes[window] = fresh_size(shape_env, "window", hint=max(2, program.facts.capacity - 1))
+    if LOGIT_POSITIONS in inputs:
+        bind(inputs[LOGIT_POSITIONS].meta["val"].shape[0], step if role.all_logits else 1)
+    return sizes
+
+
+def _check_still_symbolic(program: Program, role: Role, sizes: list[torch.SymInt]) -> None:
+    """A size that an op has pinned to its example would be wrong for every other length."""
+    for size in sizes:
+        now = program.shape_env.replace(size.node.expr)
+        if now.is_number:
+            raise RewriteError(
+                f"the {role.name} graph holds only for one length ({size.node.expr} = {now}): an op of the model "
+                "depends on it. Use the stock model, or report the architecture."
+            )

@@ -1,0 +1,99 @@
+"""Packed weights: one storage, the model's own parameters as views of it.
+
+A fusion pass writes ``cat([Wq, Wk, Wv])`` into the graph. Here that text becomes memory: the packed
+tensor is filled one group at a time and the parameters are re-seated into it, so there is never a
+second copy of more than one group, and ``state_dict``, ``save_pretrained``, in-place updates and
+the stock model go on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.errors import InvalidRequestError
+from fxopt.program import Program
+from fxopt.views import Concat, shape
+
+PACKED = "packed"
+
+
+def pack(program: Program) -> Program:
+    """Replace every ``cat`` of weights by one packed weight; returns a new program."""
+    packed = program.copy()
+    graph = packed.graph
+    with torch.no_grad():
+        for node in list(graph.nodes):
+            concat = Concat.of(node)
+            if concat is None or not is_packable(concat):
+                continue
+            tensors = [packed.attribute(part) for part in concat.parts]
+            name = f"{PACKED}_{concat.parts[0].target}".replace(".", "_")
+            packed.gm.register_buffer(name, _adjacent(tensors) if _are_adjacent(tensors) else _seat(tensors))
+            with graph.inserting_before(node):
+                weight = graph.get_attr(name)
+            weight.meta = {"val": node.meta["val"], **{k: v for k, v in node.meta.items() if k != "val"}}
+            node.replace_all_uses_with(weight)
+            graph.erase_node(node)
+            for part in concat.parts:
+                if not part.users:
+                    graph.erase_node(part)
+    return packed.copy()
+
+
+def packed_bytes(program: Program) -> int:
+    """How much of the weights lies in packed storages."""
+    nodes = [n for n in program.graph.nodes if n.op == "get_attr" and str(n.target).startswith(PACKED)]
+    return sum(program.attribute(node).nbytes for node in nodes)
+
+
+def is_packable(concat: Concat) -> bool:
+    """Whether a ``cat`` joins whole weights row by row, so that it can be done ahead of time."""
+    return concat.dim == 0 and all(_is_weight(part) for part in concat.parts)
+
+
+class WeightWatch:
+    """Notices when parameters have moved since they were packed, as ``model.to(...)`` makes them."""
+
+    def __init__(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        self._seen = [(name, tensor, tensor.data_ptr()) for name, tensor in tensors]
+
+    def check(self) -> None:
+        for name, tensor, address in self._seen:
+            if tensor.data_ptr() != address:
+                raise InvalidRequestError(
+                    f"{name} has moved since fxopt.optimize saw it (model.to(...), or a parameter was replaced), so the "
+                    "optimised graphs would read the old weights. Call fxopt.optimize on the stock model again."
+                )
+
+
+def _is_weight(node: Node) -> bool:
+    return node.op == "get_attr" and len(shape(node)) > 0
+
+
+def _seat(tensors: Sequence[Tensor]) -> Tensor:
+    """Copy weights into one new storage and make each a view of its rows."""
+    packed = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, rows in zip(tensors, packed.split([t.shape[0] for t in tensors]), strict=True):
+        tensor.data = rows
+    return packed
+
+
+def _are_adjacent(tensors: Sequence[Tensor]) -> bool:
+    """Whether the weights lie one behind the other already, from an earlier packing."""
+    end = tensors[0].data_ptr()
+    storage = tensors[0].untyped_storage().data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage or not tensor.is_contiguous():
+            return False
+        end += tensor.nbytes
+    return tensors[0].device.type != "meta"
+
+
+def _adjacent(tensors: Sequence[Tensor]) -> Tensor:
+    first = tensors[0].detach()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
