@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fxopt.capture import position_limit
 from fxopt.errors import InvalidRequestError
 from fxopt.lower import BACKENDS
 from fxopt.model import FastModel
@@ -40,15 +41,6 @@ def admit(model: Any, *, max_len: Any, max_batch: Any, chunk: Any, backend: Any,
             f"max_len={max_len} is above the {limit} positions that {type(model).__name__} was made for; "
             f"ask for at most {limit}"
         )
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """The number of positions a model can tell apart, if its config says so."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(model.config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def select(passes: Selection) -> tuple[Pass[Any], ...]:

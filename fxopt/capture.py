@@ -49,6 +49,15 @@ def capture(model: PreTrainedModel, *, max_len: int, capacity: int) -> Program:
     return _program(exported, facts)
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The number of positions a model can tell apart, if its config says so."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
 class _TensorsIn(nn.Module):
     """The model as a function of tensors alone."""
 
@@ -135,7 +144,9 @@ def _export(model: PreTrainedModel, layers: tuple[KVShape, ...]) -> torch.export
         "keys": [torch.zeros(key, **like) for key, _ in shapes],
         "values": [torch.zeros(value, **like) for _, value in shapes],
     }
-    batch, step, past = Dim("batch"), Dim("step"), Dim("past")
+    limit = position_limit(model)
+    longest = {"max": limit - 2} if limit is not None and limit > 16 else {}
+    batch, step, past = Dim("batch"), Dim("step", **longest), Dim("past", **longest)
     dynamic = {
         INPUT_IDS: {0: batch, 1: step},
         ATTENTION_MASK: {0: batch, 1: Dim.AUTO},
@@ -144,9 +155,17 @@ def _export(model: PreTrainedModel, layers: tuple[KVShape, ...]) -> torch.export
         "values": [{0: batch, 2: past}] * len(layers),
     }
     try:
-        return torch.export.export(_TensorsIn(model), (), arguments, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(
+            _TensorsIn(model),
+            (),
+            arguments,
+            dynamic_shapes=dynamic,
+            strict=False,
+            # Bounds such as past + step <= the length of a table become asserts; admission has checked them.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CaptureError(
             f"{type(model).__name__} cannot be captured as one graph with symbolic lengths: {first_line} "
             "The stock model is unchanged; models whose code branches on the length or on data are not supported yet."

@@ -216,7 +216,8 @@ def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Requ
         return "an attention mask that is not [batch, past + tokens]"
     if positions is not None and positions.dim() != 2:
         return "positions that are not [batch, tokens]"
-    if positions is None and mask is not None and not bool(mask.all()):
+    takes_positions = "position_ids" in _parameter_names(type(model))
+    if takes_positions and positions is None and mask is not None and not bool(mask.all()):
         return "a padded batch without position_ids, whose positions only the model's own code knows"
     return_dict = given.get("return_dict")
     return _Request(

@@ -36,7 +36,7 @@ class GroupedAttention(Pass[LayerAttention]):
     summary = "grouped-query attention without expanding the heads of K and V"
 
     def expected(self, program: Program) -> int:
-        return sum(1 for site in LayerAttention.all(program) if _groups(site) > 1)
+        return sum(1 for _ in self.find(program))
 
     def find(self, program: Program) -> Iterator[LayerAttention]:
         for site in LayerAttention.all(program):
@@ -47,7 +47,7 @@ class GroupedAttention(Pass[LayerAttention]):
         device = program.facts.device
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < FIRST_FAST_CAPABILITY:
             return f"{device} is older than sm80, where grouped attention runs slower than expanded heads"
-        key, value = _repeated(site.key), _repeated(site.value)
+        key, value = _repeated(site, site.key), _repeated(site, site.value)
         if key is None or value is None:
             return f"{site.node}: the heads of K and V are not repeated by an expand that can be taken out"
         if key.groups != value.groups:
@@ -55,7 +55,7 @@ class GroupedAttention(Pass[LayerAttention]):
         return None
 
     def rewrite(self, program: Program, site: LayerAttention) -> None:
-        key, value = _repeated(site.key), _repeated(site.value)
+        key, value = _repeated(site, site.key), _repeated(site, site.value)
         assert key is not None and value is not None
         attention = Attention.of(site.node)
         if attention is not None:
@@ -98,11 +98,13 @@ def _is_grouped(site: LayerAttention) -> bool:
     attention = Attention.of(site.node)
     if attention is not None:
         return attention.grouped
-    return bool(shape(site.key)[1] == shape(site.key_write.new)[1])
+    return bool(shape(site.key)[1] == shape(site.key_write.new)[1])  # products that broadcast already
 
 
-def _repeated(operand: Node) -> RepeatedHeads | None:
+def _repeated(site: LayerAttention, operand: Node) -> RepeatedHeads | None:
     """The expansion that an operand of attention goes through, looking behind one transpose."""
+    if shape(operand)[1] == 1 and Attention.of(site.node) is not None:
+        return RepeatedHeads(operand, operand, _groups(site))  # one head for all: broadcast, not expanded
     if operand.target is aten.transpose.int and isinstance(operand.args[0], Node):
         operand = operand.args[0]
     return RepeatedHeads.of(operand)

@@ -188,4 +188,5 @@ def _sizes(node: Node) -> list[str]:
 def _written_later(node: Node) -> bool:
     source = node.args[0]
     assert isinstance(source, Node)
-    return any(mutated_arguments(user) for tensor in (node, source) for user in tensor.users)
+    readers = [user for tensor in (node, source) for user in tensor.users]
+    return any(mutated_arguments(reader) for reader in readers if reader.target not in RENAMES)
