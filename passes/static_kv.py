@@ -181,6 +181,7 @@ class _Lengths:
                 aten.arange.default, (self.size(node, last - first),), {"device": self.program.facts.device}
             )
             shifted = self.graph.call_function(aten.add.Tensor, (length, self.value(node, first)))
+        shifted.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(shifted)
         self.graph.erase_node(node)
 
@@ -202,6 +203,7 @@ class _Lengths:
             rows = self.program.placeholders()[CACHE_POSITION]
             with self.graph.inserting_before(node):
                 picked = self.graph.call_function(aten.index_select.default, (source, dim, rows))
+            picked.meta["val"] = node.meta["val"]  # as many rows as before, in another place
             node.replace_all_uses_with(picked)
             self.graph.erase_node(node)
         else:
