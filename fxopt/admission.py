@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from fxopt.capture import position_limit
@@ -18,6 +17,8 @@ from fxopt.passes import PASSES
 from fxopt.rewrite import Pass
 
 Selection = str | Iterable[str | Pass[Any] | type[Pass[Any]]] | Mapping[str, Any] | None
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: Names for whole selections: the passes each leaves out.
 PRESETS: dict[str, frozenset[str]] = {
@@ -125,14 +126,25 @@ def _admit_model(model: Any) -> None:
         raise InvalidRequestError(
             f"{name} is no decoder-only causal LM; load the model with AutoModelForCausalLM.from_pretrained"
         )
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+    if (quantised := _quantised_weight(model)) is not None:
         raise InvalidRequestError(
-            f"{name} is quantised; only plain float weights (float32, bfloat16, float16) are supported so far"
+            f"{name} is quantised ({quantised}); only plain float weights are supported so far. Load it de-quantised"
         )
     if model.training:
         raise InvalidRequestError(f"{name} is in training mode; call model.eval() first")
     _admit_modules(model)
     _admit_devices(model)
+
+
+def _quantised_weight(model: PreTrainedModel) -> str | None:
+    """The first weight that is not a plain float tensor. De-quantised checkpoints keep their flag, so look."""
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor:
+            return f"{name} is a {type(parameter.data).__name__}"
+        if parameter.dtype not in FLOATS:
+            return f"{name} is {parameter.dtype}"
+    packed = [name for name, buffer in model.named_buffers() if buffer.dim() > 1 and buffer.dtype not in FLOATS]
+    return packed[0] if packed and getattr(model, "is_quantized", False) else None
 
 
 def _admit_modules(model: PreTrainedModel) -> None:
@@ -143,8 +155,6 @@ def _admit_modules(model: PreTrainedModel) -> None:
             raise InvalidRequestError(
                 f"{where} has forward hooks, which a captured graph would not run; remove them first"
             )
-        if type(module) is not nn.Linear and isinstance(module, nn.Linear) and module.weight.dtype not in _FLOATS:
-            raise InvalidRequestError(f"{path} is a {type(module).__name__}; only plain float weights are supported")
 
 
 def _admit_devices(model: PreTrainedModel) -> None:
@@ -154,12 +164,6 @@ def _admit_devices(model: PreTrainedModel) -> None:
         raise InvalidRequestError(f"the weights lie on {' and '.join(devices)}; move the model to one device first")
     if devices == ["meta"]:
         raise InvalidRequestError("the weights are on the meta device and have no values; load the model first")
-    odd = sorted({str(p.dtype) for p in parameters.values() if p.dtype not in _FLOATS})
-    if odd:
-        raise InvalidRequestError(f"some weights are {' and '.join(odd)}; only float weights are supported")
-
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _admit_number(name: str, value: Any, at_least: int) -> None:

