@@ -50,7 +50,7 @@ def optimize(
 
     with progress.step("capture"):
         captured = capture(model, max_len=max_len, capacity=capacity_for(max_len))
-        captured.facts = dataclasses.replace(captured.facts, fused=backend == "inductor")
+        captured.facts = dataclasses.replace(captured.facts, backend=backend)
     pipeline = Pipeline(selected, captured, strict=strict)
     with progress.step("rewrite"):
         pipeline.run()

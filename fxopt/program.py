@@ -54,7 +54,18 @@ class Facts:
     gated_mlps: int  # MLPs with a gate and an up projection of their own
     split_qkv: int  # attention layers with three projections of their own
     output_class: type  # what the model's forward returns
-    fused: bool = False  # whether a compiler will fuse elementwise ops and sums
+    backend: str = "eager"  # what the graphs will be handed to
+
+    @property
+    def fuses_sums(self) -> bool:
+        """Whether a product and its sum will be one loop, and never lie in memory."""
+        return self.backend == "inductor" and self.device.type == "cpu"
+
+    @property
+    def why_no_fused_sums(self) -> str:
+        if self.backend != "inductor":
+            return f"only Inductor fuses a product into its sum; {self.backend} would write it out"
+        return f"measured on CPU only; on {self.device.type} the library's kernel stays"
 
     @property
     def kv_bytes_per_row(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fxopt.passes.decode_attention import DecodeAttention
 from fxopt.passes.fuse_gate_up import FuseGateUp
 from fxopt.passes.fuse_qkv import FuseQKV
 from fxopt.passes.grouped_attention import GroupedAttention
@@ -24,5 +25,6 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     FuseGateUp,
     Rotary,
     LastLogits,
+    DecodeAttention,
     Matvec,
 )

@@ -18,6 +18,7 @@ import torch
 
 from fxopt.program import Program
 from fxopt.rewrite import Pass, Stage
+from fxopt.sums import stored
 from fxopt.views import Linear, shape
 
 aten = torch.ops.aten
@@ -30,8 +31,7 @@ class Matvec(Pass[Linear]):
     stage = Stage.DECODE
 
     def expected(self, program: Program) -> int:
-        sites = list(self.find(program))
-        return len(sites) if sites and self.refuse(program, sites[0]) is None else 0
+        return len(list(self.find(program))) if program.facts.fuses_sums else 0
 
     def find(self, program: Program) -> Iterator[Linear]:
         for linear in Linear.all(program):
@@ -39,17 +39,13 @@ class Matvec(Pass[Linear]):
                 yield linear
 
     def refuse(self, program: Program, site: Linear) -> str | None:
-        if not program.facts.fused:
-            return "only Inductor fuses the product into its sum; this backend would write it out"
-        if program.facts.device.type != "cpu":
-            return f"measured on CPU only; on {program.facts.device.type} the library's matmul stays"
-        return None
+        return None if program.facts.fuses_sums else program.facts.why_no_fused_sums
 
     def rewrite(self, program: Program, site: Linear) -> None:
         graph = program.graph
         dtype = program.attribute(site.weight).dtype if site.weight.op == "get_attr" else site.node.meta["val"].dtype
         with graph.inserting_before(site.node):
-            row = graph.call_function(aten.unsqueeze.default, (site.x, -2))
+            row = stored(graph, site.x, [*shape(site.x)[:-1], 1, shape(site.x)[-1]])
             weight = site.weight
             if dtype != torch.float32:
                 row = graph.call_function(aten.to.dtype, (row, torch.float32))

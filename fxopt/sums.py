@@ -1,0 +1,22 @@
+"""Products and sums that Inductor makes one loop of, shared by the decode passes."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+
+def stored(graph: Graph, node: Node, sizes: list[int]) -> Node:
+    """``node`` with new sizes, computed once and kept.
+
+    Left to itself Inductor computes an elementwise operand again for every row it is multiplied
+    with: a norm 3072 times, a cosine per key. ``as_strided`` needs memory to point at, so it makes
+    Inductor finish the operand first; it costs nothing when the operand lies in memory already.
+    """
+    strides = [1] * len(sizes)
+    for i in reversed(range(len(sizes) - 1)):
+        strides[i] = strides[i + 1] * sizes[i + 1]
+    dense = graph.call_function(aten.contiguous.default, (node,))
+    return graph.call_function(aten.as_strided.default, (dense, sizes, strides))

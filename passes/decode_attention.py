@@ -1,0 +1,90 @@
+"""The attention of one token, as two sums that Inductor fuses with their neighbours.
+
+    y = sdpa(q, k, v, mask)      becomes      s = sum(q * k, -1) * scale        [B, H/G, G, N]
+                                              p = softmax(where(mask, s, MIN))
+                                              y = sum(p * v, -2)                [B, H/G, G, D]
+
+A library kernel for attention is made for many queries; for one, most of its time is setting up,
+and in half precision converting. The heads of a group share the key and value they read. Sums are
+in float32. MIN is finite, so a row that may attend to nothing gives numbers, not NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from fxopt.program import Program
+from fxopt.rewrite import Pass, Stage
+from fxopt.sums import stored
+from fxopt.views import Attention, shape
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DecodeAttention(Pass[Attention]):
+    name = "decode_attention"
+    summary = "decode only: attention of one query as two fused sums"
+    stage = Stage.DECODE
+
+    def expected(self, program: Program) -> int:
+        return len(list(self.find(program))) if program.facts.fuses_sums else 0
+
+    def find(self, program: Program) -> Iterator[Attention]:
+        for node in program.graph.nodes:
+            attention = Attention.of(node)
+            if attention is not None and shape(attention.query)[2] == 1:
+                yield attention
+
+    def refuse(self, program: Program, site: Attention) -> str | None:
+        if not program.facts.fuses_sums:
+            return program.facts.why_no_fused_sums
+        if site.is_causal:
+            return f"{site.node} builds its causal mask inside the kernel"
+        return None
+
+    def rewrite(self, program: Program, site: Attention) -> None:
+        graph = program.graph
+        heads, kept = int(shape(site.query)[1]), int(shape(site.key)[1])
+        groups, width = heads // kept, int(shape(site.query)[3])
+        with graph.inserting_before(site.node):
+            batch = int(shape(site.query)[0])
+            query = stored(graph, site.query, [batch, kept, groups, 1, width])
+            key = graph.call_function(aten.unsqueeze.default, (site.key, 2))
+            value = graph.call_function(aten.unsqueeze.default, (site.value, 2))
+            product = graph.call_function(aten.mul.Tensor, (_wide(graph, query), _wide(graph, key)))
+            scores = graph.call_function(aten.sum.dim_IntList, (product, [-1]))
+            scale = site.scale if site.scale is not None else width**-0.5
+            scores = graph.call_function(aten.mul.Tensor, (scores, scale))
+            if site.mask is not None:
+                scores = _masked(graph, scores, site.mask, kept, groups)
+            weights = graph.call_function(aten.softmax.int, (scores, -1))
+            spread = graph.call_function(aten.unsqueeze.default, (weights, -1))
+            weighted = graph.call_function(aten.mul.Tensor, (spread, _wide(graph, value)))
+            total = graph.call_function(aten.sum.dim_IntList, (weighted, [-2]))
+            flat = graph.call_function(aten.flatten.using_ints, (total, 1, 2))
+            result = graph.call_function(aten.unsqueeze.default, (flat, 2))
+            result = graph.call_function(aten.to.dtype, (result, site.node.meta["val"].dtype))
+        site.node.replace_all_uses_with(result)
+        graph.erase_node(site.node)
+
+
+def _wide(graph: Graph, node: Node) -> Node:
+    return graph.call_function(aten.to.dtype, (node, torch.float32))
+
+
+def _masked(graph: Graph, scores: Node, mask: Node, kept: int, groups: int) -> Node:
+    """Apply a mask of shape [B, 1 or H, 1, N], boolean or additive, to scores [B, H/G, G, N]."""
+    if shape(mask)[1] == kept * groups and kept * groups > 1:
+        mask_heads = graph.call_function(aten.unflatten.int, (mask, 1, [kept, groups]))
+        aligned = graph.call_function(aten.squeeze.dim, (mask_heads, 3))
+    else:
+        aligned = mask  # [B, 1, 1, N] stands for every head as it is
+    if mask.meta["val"].dtype is not torch.bool:
+        return graph.call_function(aten.add.Tensor, (scores, _wide(graph, aligned)))
+    lowest = graph.call_function(aten.scalar_tensor.default, (torch.finfo(torch.float32).min,), {"dtype": torch.float32})
+    return graph.call_function(aten.where.self, (aligned, scores, lowest))
