@@ -12,7 +12,6 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -204,5 +203,3 @@ def _count_modules(model: nn.Module, families: list[tuple[str, ...]]) -> int:
         return all(type(getattr(module, name, None)) is nn.Linear for name in names)
 
     return sum(any(has(module, names) for names in families) for module in model.modules())
-
-

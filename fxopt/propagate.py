@@ -76,9 +76,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _same_leaf(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return (
-            a.dtype == b.dtype and a.device == b.device and _sizes(a) == _sizes(b) and _strides(a) == _strides(b)
-        )
+        return a.dtype == b.dtype and a.device == b.device and _sizes(a) == _sizes(b) and _strides(a) == _strides(b)
     if isinstance(a, py_sym_types) and isinstance(b, py_sym_types):
         return bool(a.node.expr == b.node.expr)
     return type(a) is type(b) and bool(a == b)

@@ -61,7 +61,9 @@ class Report:
             for outcome in self.passes
         ]
         headers = ["pass", "expected", "matched", "refused", "nodes", "seconds"]
-        return tabulate(rows, headers=headers, tablefmt="simple", colalign=("left", "right", "right", "right", "right", "right"))
+        return tabulate(
+            rows, headers=headers, tablefmt="simple", colalign=("left", "right", "right", "right", "right", "right")
+        )
 
     def _closing_lines(self) -> list[str]:
         lines = []

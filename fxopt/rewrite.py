@@ -197,6 +197,7 @@ def op_counts(program: Program) -> dict[str, int]:
     counts: dict[str, int] = {}
     for node in program.graph.nodes:
         if node.op == "call_function":
-            name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.name.rstrip("_0123456789")
+            operator = isinstance(node.target, torch._ops.OpOverload)
+            name = str(node.target) if operator else str(getattr(node.target, "__name__", node.target))
             counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

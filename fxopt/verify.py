@@ -7,6 +7,7 @@ second row is padded on the left. Logits of real tokens and cached rows of real 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,9 +20,10 @@ from fxopt.lower import lower
 from fxopt.program import Program
 from fxopt.report import Check
 
-#: Steps of rounding that re-ordered sums may differ by, relative to the largest number compared.
-#: Measured on the architectures of the test-suite: at most a tenth of this in either dtype.
-ROUNDINGS = {torch.float64: 1e4, torch.float32: 1e3, torch.float16: 16.0, torch.bfloat16: 16.0}
+#: How many units of rounding a row may differ by. Sums in another order differ by tens of units in
+#: float32. In half precision the stock model rounds after every op and compiled code does not:
+#: SmolLM2 in bfloat16 differs by 11 units, of which 9 are the stock model's own distance from float32.
+ROUNDINGS = {torch.float64: 1e4, torch.float32: 1e3, torch.float16: 32.0, torch.bfloat16: 32.0}
 
 DECODE_STEPS = 4
 LONGEST_PROMPT = 48
@@ -99,11 +101,13 @@ def compare(expected: Reference, engine: Engine, what: str) -> tuple[Check, str 
             worst, where = error, label
 
     borders = [0, expected.prompt, *range(expected.prompt + 1, expected.tokens.shape[1] + 1)]
-    for index, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for index, (start, end) in enumerate(itertools.pairwise(borders)):
         cache.record_mask(expected.mask[:, :end], end - start)
         tokens, positions = expected.tokens[:, start:end], expected.positions[:, start:end]
         logits = engine.step(cache, tokens, positions, last_only=True)
-        note(logits[:, -1], expected.logits[index], "logits of the prefill" if index == 0 else f"logits of step {index}")
+        note(
+            logits[:, -1], expected.logits[index], "logits of the prefill" if index == 0 else f"logits of step {index}"
+        )
     real = expected.mask.bool()
     for layer, (key, value) in enumerate(zip(expected.keys, expected.values, strict=True)):
         rows = key.shape[2]  # a sliding layer of the stock cache may have kept fewer
@@ -116,16 +120,23 @@ def compare(expected: Reference, engine: Engine, what: str) -> tuple[Check, str 
     check = Check(what, worst, allowed)
     if worst <= allowed:
         return check, None
-    return check, f"{where} differ from the stock model by {worst:.1e} of the largest, {allowed:.1e} is allowed"
+    return check, f"{where} differ from the stock model's by {worst:.1e} of their length, and {allowed:.1e} is allowed"
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, in units of the largest number; NaN where only one side has it counts as infinite."""
+    """The worst row's difference, as a share of that row's length (or of the mean row's, if longer).
+
+    Row by row, so that one wrong row among many is seen, and by length, so that the rounding of a
+    single small entry is not taken for one.
+    """
+    if wanted.numel() == 0:
+        return 0.0
     found, wanted = found.double(), wanted.double()
-    if bool((found.isnan() != wanted.isnan()).any()):
+    if bool((found.isfinite() != wanted.isfinite()).any()):
         return float("inf")
-    scale = max(1e-6, float(wanted.nan_to_num().abs().max())) if wanted.numel() else 1.0
-    return float((found - wanted).nan_to_num().abs().max()) / scale if wanted.numel() else 0.0
+    difference = (found - wanted).nan_to_num().norm(dim=-1)
+    length = wanted.nan_to_num().norm(dim=-1)
+    return float((difference / length.clamp(min=max(float(length.mean()), 1e-9))).max())
 
 
 def _forward_parameters(model: PreTrainedModel) -> set[str]:

@@ -65,8 +65,8 @@ class WeightWatch:
         for name, tensor, address in self._seen:
             if tensor.data_ptr() != address:
                 raise InvalidRequestError(
-                    f"{name} has moved since fxopt.optimize saw it (model.to(...), or a parameter was replaced), so the "
-                    "optimised graphs would read the old weights. Call fxopt.optimize on the stock model again."
+                    f"{name} has moved since fxopt.optimize saw it (model.to(...), or a parameter was replaced), so "
+                    "the optimised graphs would read the old weights. Call fxopt.optimize on the stock model again."
                 )
 
 

@@ -86,5 +86,6 @@ def _masked(graph: Graph, scores: Node, mask: Node, kept: int, groups: int) -> N
         aligned = mask  # [B, 1, 1, N] stands for every head as it is
     if mask.meta["val"].dtype is not torch.bool:
         return graph.call_function(aten.add.Tensor, (scores, _wide(graph, aligned)))
-    lowest = graph.call_function(aten.scalar_tensor.default, (torch.finfo(torch.float32).min,), {"dtype": torch.float32})
+    minimum = torch.finfo(torch.float32).min
+    lowest = graph.call_function(aten.scalar_tensor.default, (minimum,), {"dtype": torch.float32})
     return graph.call_function(aten.where.self, (aligned, scores, lowest))

@@ -1,8 +1,8 @@
 """One matmul for the two projections of a gated MLP.
 
-    g = linear(x, Wg)                      gu   = linear(x, cat(Wg, Wu))
-    u = linear(x, Wu)         becomes      g, u = split(gu, rows of Wg, Wu)
-    h = mul(act(g), u)                     h    = mul(act(g), u)
+g = linear(x, Wg)                      gu   = linear(x, cat(Wg, Wu))
+u = linear(x, Wu)         becomes      g, u = split(gu, rows of Wg, Wu)
+h = mul(act(g), u)                     h    = mul(act(g), u)
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ class LastLogits(Pass[Head]):
 
     def refuse(self, program: Program, site: Head) -> str | None:
         if site.linear is None:
-            return f"the logits are computed by {site.node.target}, not by a linear layer with elementwise ops behind it"
+            return (
+                f"the logits are computed by {site.node.target}, not by a linear layer with elementwise ops behind it"
+            )
         if len(shape(site.linear.x)) != 3:
             return f"{site.node} reads an input of {len(shape(site.linear.x))} dimensions, not [batch, step, hidden]"
         return None
@@ -66,5 +68,3 @@ class LastLogits(Pass[Head]):
             logits = program.graph.call_function(aten.linear.default, (picked, *site.node.args[1:]), site.node.kwargs)
         site.node.replace_all_uses_with(logits)
         program.graph.erase_node(site.node)
-
-

@@ -137,7 +137,9 @@ class _Lengths:
         batch = inputs[INPUT_IDS].meta["val"].shape[0]
         with self.program.fake_mode:
             for layer, shape in enumerate(facts.layers):
-                for name, size in zip((key_name(layer), value_name(layer)), shape.shapes(0, facts.capacity), strict=True):
+                for name, size in zip(
+                    (key_name(layer), value_name(layer)), shape.shapes(0, facts.capacity), strict=True
+                ):
                     inputs[name].meta["val"] = torch.empty(batch, *size[1:], dtype=facts.dtype, device=facts.device)
             mask = torch.empty(batch, facts.capacity, dtype=torch.long, device=facts.device)
         inputs[ATTENTION_MASK].meta["val"] = mask
