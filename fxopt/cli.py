@@ -154,7 +154,7 @@ def _passes(arguments: argparse.Namespace) -> int:
 
     rows = []
     for kind in PASSES:
-        options = ", ".join(field.name for field in dataclasses.fields(kind))
+        options = ", ".join(field.name for field in dataclasses.fields(kind()))  # type: ignore[arg-type]
         flag = "needed" if kind.required else f"--no-{kind.name.replace('_', '-')}"
         rows.append([kind.name, kind.stage.value, kind.summary, options, flag])
     print(tabulate(rows, headers=["pass", "graph", "what it rewrites", "options", "leave out"], tablefmt="simple"))

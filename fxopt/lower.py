@@ -103,5 +103,5 @@ def _inductor(module: GraphModule, examples: list[Any]) -> tuple[Callable[..., A
 
     # Without AOTAutograd's own cache ``listen`` is always called; Inductor's cache still holds the code.
     with functorch_config.patch(enable_autograd_cache=False):
-        call: Callable[..., Any] = compile_fx(module, examples, inner_compile=listen)
+        call: Any = compile_fx(module, examples, inner_compile=listen)
     return call, "\n".join(texts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -31,10 +32,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 class Handle:
     """``fast.fxopt``: the report, the graphs and the counters of one optimised model."""
 
-    def __init__(self, engine: Engine, symbolic: Program, report: Report) -> None:
+    def __init__(self, engine: Engine, symbolic: Program, report: Report, parameters: tuple[str, ...]) -> None:
         self.engine = engine
         self.symbolic = symbolic
         self.report = report
+        self.parameters = parameters  # the names that the model's forward takes, in order
         weights = [(str(n.target), symbolic.attribute(n)) for n in symbolic.graph.nodes if n.op == "get_attr"]
         self.watch = WeightWatch(weights)
 
@@ -62,13 +64,13 @@ class Handle:
 def make_fast(model: Model, engine: Engine, symbolic: Program, report: Report) -> Model:
     """A second face of ``model``: same modules and weights, forward through ``engine``."""
     stock_class = type(model)
-    fast_class = type(stock_class.__name__, (FastModel, stock_class), {"__module__": stock_class.__module__})
+    fast_class: Any = type(stock_class.__name__, (FastModel, stock_class), {"__module__": stock_class.__module__})
     # ``generate`` reads the signature of forward to learn which inputs the model takes.
     fast_class.forward = functools.wraps(stock_class.forward)(FastModel.forward)
     fast = fast_class.__new__(fast_class)
     fast.__dict__.update({name: _own(value) for name, value in model.__dict__.items()})
     fast.generation_config = copy.deepcopy(model.generation_config)
-    fast.fxopt = Handle(engine, symbolic, report)
+    fast.fxopt = Handle(engine, symbolic, report, tuple(inspect.signature(model.forward).parameters))
     return cast(Model, fast)
 
 
@@ -177,18 +179,12 @@ _SERVED = {
 }
 
 
-@functools.lru_cache(maxsize=64)
-def _parameter_names(stock_class: type) -> tuple[str, ...]:
-    import inspect
-
-    return tuple(inspect.signature(stock_class.forward).parameters)[1:]  # type: ignore[attr-defined]
-
-
 def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Request | str:
     """What a call asks for, or the reason why only the eager model can serve it."""
-    given = dict(zip(_parameter_names(type(model)), args, strict=False)) | kwargs
+    handle: Handle = model.fxopt
+    given = dict(zip(handle.parameters, args, strict=False)) | kwargs
     asked = {name for name, value in given.items() if value is not None and value is not False}
-    config, engine = model.config, model.fxopt.engine
+    config, engine = model.config, handle.engine
     if model.training:
         return "training mode"
     if extra := asked - _SERVED:
@@ -216,8 +212,7 @@ def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Requ
         return "an attention mask that is not [batch, past + tokens]"
     if positions is not None and positions.dim() != 2:
         return "positions that are not [batch, tokens]"
-    takes_positions = "position_ids" in _parameter_names(type(model))
-    if takes_positions and positions is None and mask is not None and not bool(mask.all()):
+    if "position_ids" in handle.parameters and positions is None and mask is not None and not bool(mask.all()):
         return "a padded batch without position_ids, whose positions only the model's own code knows"
     return_dict = given.get("return_dict")
     return _Request(

@@ -105,7 +105,7 @@ class Program:
         return node
 
     def output(self) -> Node:
-        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return self.graph.output_node()
 
     def logits(self) -> Node:
         outputs = self.output().args[0]
@@ -116,7 +116,8 @@ class Program:
 
     def first_use_point(self) -> Node:
         """The first node behind the placeholders: where values that depend on inputs alone go."""
-        return next(node for node in self.graph.nodes if node.op != "placeholder")
+        first: Node = next(node for node in self.graph.nodes if node.op != "placeholder")
+        return first
 
     def attribute(self, node: Node) -> torch.Tensor:
         """The tensor that a ``get_attr`` node reads."""

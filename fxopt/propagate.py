@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils import _pytree as pytree
 
 from fxopt.program import Program
+from fxopt.views import swap_argument
 
 
 def snapshot(program: Program) -> dict[Node, Any]:
@@ -53,8 +54,7 @@ def fold_constants(program: Program) -> None:
         value = node.meta.get("val")
         if node.op == "call_function" and isinstance(value, (int, bool, float)):
             for user in list(node.users):
-                user.args = torch.fx.map_arg(user.args, lambda n, node=node, value=value: value if n is node else n)
-                user.kwargs = torch.fx.map_arg(user.kwargs, lambda n, node=node, value=value: value if n is node else n)
+                swap_argument(user, node, value)
             program.graph.erase_node(node)
 
 

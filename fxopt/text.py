@@ -14,6 +14,8 @@ from fxopt.symbols import expression
 
 END = 2**63 - 1
 
+Letters = dict[sympy.Expr, sympy.Symbol]
+
 
 def readable(program: Program, layer: int | None = None) -> str:
     """The whole graph, or the part that belongs to one layer of the model."""
@@ -38,9 +40,9 @@ def layer_of(node: Node) -> int | None:
     return None
 
 
-def _line(node: Node, letters: dict[sympy.Expr, sympy.Symbol]) -> str:
-    arguments = [_argument(argument) for argument in node.args]
-    arguments += [f"{name}={_argument(value)}" for name, value in node.kwargs.items() if name not in _NOISE]
+def _line(node: Node, letters: Letters) -> str:
+    arguments = [_argument(argument, letters) for argument in node.args]
+    arguments += [f"{name}={_argument(value, letters)}" for name, value in node.kwargs.items() if name not in _NOISE]
     shape = _shape(node, letters)
     return f"{node} = {_name(node.target)}({', '.join(arguments)})" + (f"  # {shape}" if shape else "")
 
@@ -55,17 +57,20 @@ def _name(target: Any) -> str:
     return str(getattr(target, "__name__", target))
 
 
-def _argument(value: Any) -> str:
+def _argument(value: Any, letters: Letters) -> str:
     if isinstance(value, Node):
-        return str(value.target).removeprefix("model.") if value.op == "get_attr" else str(value)
+        if value.op == "get_attr":
+            return str(value.target).removeprefix("model.")
+        size = expression(value)
+        return str(value) if size is None else str(size.subs(letters))
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_argument(item) for item in value) + "]"
+        return "[" + ", ".join(_argument(item, letters) for item in value) + "]"
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return "END" if value == END else str(value)
 
 
-def _shape(node: Node, letters: dict[sympy.Expr, sympy.Symbol]) -> str:
+def _shape(node: Node, letters: Letters) -> str:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return ""
@@ -73,12 +78,12 @@ def _shape(node: Node, letters: dict[sympy.Expr, sympy.Symbol]) -> str:
     return "[" + ", ".join(str(size.subs(letters)) if size is not None else "?" for size in sizes) + "]"
 
 
-def _letters(program: Program) -> dict[sympy.Expr, sympy.Symbol]:
+def _letters(program: Program) -> Letters:
     """The letter that stands for each symbol: B batch, S step, P past, N window, K logits asked for."""
     inputs = program.placeholders()
     known = {(INPUT_IDS, 0): "B", (INPUT_IDS, 1): "S", (key_name(0), 2): "P"}
     known |= {(ATTENTION_MASK, 1): "N", (LOGIT_POSITIONS, 0): "K"}
-    found: dict[sympy.Expr, sympy.Symbol] = {}
+    found: Letters = {}
     for (name, dim), letter in known.items():
         size = expression(inputs[name].meta["val"].shape[dim]) if name in inputs else None
         if isinstance(size, sympy.Symbol):

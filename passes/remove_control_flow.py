@@ -117,7 +117,9 @@ class RemoveControlFlow(Pass[Place]):
             case Check(node):
                 program.graph.erase_node(node)
             case Identity(node):
-                node.replace_all_uses_with(node.args[0])
+                source = node.args[0]
+                assert isinstance(source, Node)
+                node.replace_all_uses_with(source)
                 program.graph.erase_node(node)
             case Wrapper(node, body, operands):
                 self._replace(program, node, _inline(program, node, body, operands))
