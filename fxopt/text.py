@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import sympy
@@ -17,15 +18,15 @@ END = 2**63 - 1
 Letters = dict[sympy.Expr, sympy.Symbol]
 
 
-def readable(program: Program, layer: int | None = None) -> str:
-    """The whole graph, or the part that belongs to one layer of the model."""
+def readable(program: Program, layers: Collection[int | None] | None = None) -> str:
+    """The whole graph, or the part that belongs to some layers; None among them is what is outside any."""
     letters = _letters(program)
     lines = [
         _line(node, letters)
         for node in program.graph.nodes
-        if node.op == "call_function" and (layer is None or layer_of(node) == layer)
+        if node.op == "call_function" and (layers is None or layer_of(node) in layers)
     ]
-    if layer is None:
+    if layers is None:
         inputs = ", ".join(f"{n}: {_shape(n, letters)}" for n in program.placeholders().values())
         lines = [f"def forward({inputs}):", *(f"    {line}" for line in lines), f"    return {program.logits()}"]
     return "\n".join(lines)

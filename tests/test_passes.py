@@ -124,7 +124,7 @@ def _symbols(program: Program) -> set[object]:
 def test_golden_text_of_a_llama_layer(name: str, update_golden: bool) -> None:
     """The second layer after each pass, as text: a change of what a pass writes is seen in review."""
     _, _, _, after = next(step for step in steps("llama") if step[0] == name)
-    text = readable(after, layer=1) + "\n"
+    text = readable(after, layers=[1]) + "\n"
     path = GOLDEN / f"llama_{name}.txt"
     if update_golden:
         path.parent.mkdir(exist_ok=True)
