@@ -214,12 +214,12 @@ def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Requ
         return "positions that are not [batch, tokens]"
     if "position_ids" in handle.parameters and positions is None and mask is not None and not bool(mask.all()):
         return "a padded batch without position_ids, whose positions only the model's own code knows"
-    return_dict = given.get("return_dict")
+    return_dict, keep = given.get("return_dict"), given.get("logits_to_keep")
     return _Request(
         input_ids,
         mask,
         positions,
         cache,
-        given.get("logits_to_keep") or 0,
+        0 if keep is None else keep,
         config.return_dict if return_dict is None else return_dict,
     )

@@ -1,0 +1,89 @@
+"""The documents say what the code does: generated graph text, links, the catalogue of passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+
+import pytest
+from families import tiny
+
+from fxopt.capture import capture
+from fxopt.passes import PASSES
+from fxopt.program import Program
+from fxopt.rewrite import Stage, apply
+from fxopt.specialise import Role, specialise
+from fxopt.text import readable
+
+ROOT = Path(__file__).parent.parent
+WALK = ROOT / "docs" / "how-it-works.md"
+BLOCK = re.compile(r"(<!-- graph: (\w+) -->\n```text\n)(.*?)(```)", re.DOTALL)
+FIRST_LAYER = (None, 0)  # what belongs to no layer, and layer 0
+
+
+def blocks() -> dict[str, str]:
+    """What each generated block should hold."""
+    program = capture(tiny("llama"), max_len=100, capacity=128)
+    program.facts = dataclasses.replace(program.facts, backend="inductor")
+    texts = {"capture": _attention_of(readable(program, layers=[0]))}
+    for kind in PASSES:
+        if kind.stage is Stage.DECODE:
+            continue
+        before = program
+        program, _ = apply(kind(), program)
+        texts[kind.name] = _changes(before, program)
+    program = specialise(program, Role("decode", 1, longest_step=1))
+    for kind in PASSES:
+        if kind.stage is Stage.DECODE:
+            before = program
+            program, _ = apply(kind(), program)
+            texts[kind.name] = _changes(before, program)
+    return texts
+
+
+def _attention_of(text: str) -> str:
+    """From the first projection to the output projection, without assertions."""
+    lines = [line for line in text.splitlines() if "_assert" not in line]
+    first = next(i for i, line in enumerate(lines) if "q_proj" in line)
+    last = next(i for i, line in enumerate(lines) if "o_proj" in line)
+    return "\n".join(lines[first : last + 1]) + "\n"
+
+
+def _changes(before: Program, after: Program) -> str:
+    old, new = (readable(p, layers=FIRST_LAYER).splitlines() for p in (before, after))
+    lines = difflib.unified_diff(old, new, n=0, lineterm="")
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@"))) + "\n"
+
+
+def test_graph_texts_are_what_the_passes_write(update_golden: bool) -> None:
+    wanted = blocks()
+    text = WALK.read_text()
+    named = [name for _, name, _, _ in BLOCK.findall(text)]
+    assert named == list(wanted), "every pass has its block, in pipeline order"
+    if update_golden:
+        text = BLOCK.sub(lambda m: m.group(1) + wanted[m.group(2)] + m.group(4), text)
+        WALK.write_text(text)
+    for _, name, found, _ in BLOCK.findall(text):
+        assert found == wanted[name], f"{name} has changed; run `make golden` and look at the diff"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/how-it-works.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_readme_lists_every_pass() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for kind in PASSES:
+        assert f"[`{kind.name}`](passes/{kind.name}.py)" in readme, kind.name
+
+
+def test_a_pass_is_named_as_its_file() -> None:
+    for kind in PASSES:
+        assert kind.__module__ == f"fxopt.passes.{kind.name}"
+        assert (ROOT / "passes" / f"{kind.name}.py").exists()
