@@ -160,8 +160,6 @@ def _export(model: PreTrainedModel, layers: tuple[KVShape, ...]) -> torch.export
             arguments,
             dynamic_shapes=dynamic,
             strict=False,
-            # Bounds such as past + step <= the length of a table become asserts; admission has checked them.
-            prefer_deferred_runtime_asserts_over_guards=True,
         )
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)

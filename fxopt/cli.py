@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import os
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -15,8 +16,6 @@ DEFAULT_PROMPT = "What is a compiler, in one paragraph?"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors that a user can mend are one sentence and exit code 2."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read once, when tqdm is imported
     from fxopt.errors import FxoptError
 
     arguments = _parser().parse_args(argv)
@@ -90,7 +89,8 @@ def _optimised(arguments: argparse.Namespace, name: str) -> tuple[Any, Any, Any]
 
     selection = _selection(arguments)
     transformers_logging.disable_progress_bar()
-    with Progress().step(f"load {name}"):
+    # Loaders draw bars of their own, also into a pipe; the step says enough.
+    with Progress().step(f"load {name}"), contextlib.redirect_stderr(io.StringIO()):
         model, tokenizer = load_model(name, getattr(torch, arguments.dtype))
         model = model.to(arguments.device)
     fast = optimize(model, arguments.max_len, passes=selection, backend=arguments.backend, strict=arguments.strict)

@@ -8,6 +8,11 @@ from torch.fx import Graph, Node
 aten = torch.ops.aten
 
 
+def wide(graph: Graph, node: Node) -> Node:
+    """``node`` in float32, in which products are summed whatever the model's dtype."""
+    return graph.call_function(aten.to.dtype, (node, torch.float32))
+
+
 def stored(graph: Graph, node: Node, sizes: list[int]) -> Node:
     """``node`` with new sizes, computed once and kept.
 

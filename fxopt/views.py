@@ -143,6 +143,30 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class ExpertMatmul:
+    """``node = grouped_mm(x, weight, offsets)``: rows of ``x``, sorted by expert, each times its expert's weight."""
+
+    node: Node
+    x: Node  # [R, K]
+    weight: Node  # [E, K, N]
+    offsets: Node  # [E], where each expert's rows end
+
+    @classmethod
+    def of(cls, node: Node) -> ExpertMatmul | None:
+        # Transformers wraps a loop over experts into an op of its own where ATen has no kernel.
+        if (
+            node.target is not aten._grouped_mm.default
+            and str(node.target) != "transformers.grouped_mm_fallback.default"
+        ):
+            return None
+        x, weight, offsets = node.args[:3]
+        assert isinstance(x, Node)
+        assert isinstance(weight, Node)
+        assert isinstance(offsets, Node)
+        return cls(node, x, weight, offsets)
+
+
+@dataclass(frozen=True)
 class Concat:
     """``node = cat(parts, dim)``"""
 

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from fxopt.program import Program
 from fxopt.rewrite import Pass, Stage
-from fxopt.sums import stored
+from fxopt.sums import stored, wide
 from fxopt.views import Attention, shape
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ class DecodeAttention(Pass[Attention]):
             query = stored(graph, site.query, [batch, kept, groups, 1, width])
             key = graph.call_function(aten.unsqueeze.default, (site.key, 2))
             value = graph.call_function(aten.unsqueeze.default, (site.value, 2))
-            product = graph.call_function(aten.mul.Tensor, (_wide(graph, query), _wide(graph, key)))
+            product = graph.call_function(aten.mul.Tensor, (wide(graph, query), wide(graph, key)))
             scores = graph.call_function(aten.sum.dim_IntList, (product, [-1]))
             scale = site.scale if site.scale is not None else width**-0.5
             scores = graph.call_function(aten.mul.Tensor, (scores, scale))
@@ -64,17 +64,13 @@ class DecodeAttention(Pass[Attention]):
                 scores = _masked(graph, scores, site.mask, kept, groups)
             weights = graph.call_function(aten.softmax.int, (scores, -1))
             spread = graph.call_function(aten.unsqueeze.default, (weights, -1))
-            weighted = graph.call_function(aten.mul.Tensor, (spread, _wide(graph, value)))
+            weighted = graph.call_function(aten.mul.Tensor, (spread, wide(graph, value)))
             total = graph.call_function(aten.sum.dim_IntList, (weighted, [-2]))
             flat = graph.call_function(aten.flatten.using_ints, (total, 1, 2))
             result = graph.call_function(aten.unsqueeze.default, (flat, 2))
             result = graph.call_function(aten.to.dtype, (result, site.node.meta["val"].dtype))
         site.node.replace_all_uses_with(result)
         graph.erase_node(site.node)
-
-
-def _wide(graph: Graph, node: Node) -> Node:
-    return graph.call_function(aten.to.dtype, (node, torch.float32))
 
 
 def _masked(graph: Graph, scores: Node, mask: Node, kept: int, groups: int) -> Node:
@@ -85,7 +81,7 @@ def _masked(graph: Graph, scores: Node, mask: Node, kept: int, groups: int) -> N
     else:
         aligned = mask  # [B, 1, 1, N] stands for every head as it is
     if mask.meta["val"].dtype is not torch.bool:
-        return graph.call_function(aten.add.Tensor, (scores, _wide(graph, aligned)))
+        return graph.call_function(aten.add.Tensor, (scores, wide(graph, aligned)))
     minimum = torch.finfo(torch.float32).min
     lowest = graph.call_function(aten.scalar_tensor.default, (minimum,), {"dtype": torch.float32})
     return graph.call_function(aten.where.self, (aligned, scores, lowest))
