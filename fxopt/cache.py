@@ -43,7 +43,7 @@ class BufferPool:
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
         self._free: dict[int, list[BufferSet]] = defaultdict(list)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection inside `borrow` may end in `give_back`
         self.nbytes = 0
 
     def borrow(self, batch: int) -> BufferSet:
@@ -72,7 +72,7 @@ class StaticCache(Cache):
         self.pool = pool
         pairs = zip(self.buffers.keys, self.buffers.values, strict=True)
         super().__init__(layers=[StaticLayer(key, value, facts.max_len) for key, value in pairs])
-        weakref.finalize(self, pool.give_back, self.buffers)
+        weakref.finalize(self, pool.give_back, self.buffers).atexit = False
 
     @property
     def length(self) -> int:

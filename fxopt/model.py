@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -97,6 +97,12 @@ class FastModel:
     fxopt: Handle
     config: Any
     training: bool
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise InvalidRequestError(
+            "an optimised model cannot be copied or pickled: its compiled code and buffers belong to this process. "
+            "Copy or save the stock model, and optimise the copy"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         engine = self.fxopt.engine

@@ -89,9 +89,7 @@ class Pipeline:
                 self._failed(rewriter, program, error)
                 continue
             log.debug("%s matched %d of %s", rewriter.name, outcome.matched, outcome.expected)
-            self._outcomes.setdefault(rewriter.name, outcome)
-            if rewriter.name not in self._dropped:
-                self._outcomes[rewriter.name] = outcome
+            self._outcomes[rewriter.name] = outcome
             require(rewriter, outcome)
             if self.strict and outcome.matched < (outcome.expected or 0):
                 reasons = "; ".join(refusal.reason for refusal in outcome.refused[:3]) or "no site was found"

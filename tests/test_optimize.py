@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def test_save_pretrained_round_trip(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded).__name__ == type(stock).__name__
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_copying_is_refused_with_a_sentence(fast: Any, duplicate: Any) -> None:
+    with pytest.raises(fxopt.InvalidRequestError, match="cannot be copied"):
+        duplicate(fast)
 
 
 def test_graphs(fast: Any) -> None:
