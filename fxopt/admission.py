@@ -66,6 +66,8 @@ def select(passes: Selection) -> tuple[Pass[Any], ...]:
             elif wanted is not True:
                 raise InvalidRequestError(f"passes[{name!r}] is {wanted!r}; give True, False, options or a pass object")
         return tuple(chosen.values())
+    if not isinstance(passes, Iterable):
+        raise InvalidRequestError(f"passes={passes!r} is neither a preset, nor names or passes, nor a mapping")
     named: dict[str, Pass[Any]] = {name: p for name, p in chosen.items() if p.required}
     for item in passes:
         rewriter = _as_pass(item, known)

@@ -21,7 +21,7 @@ from torch.fx.graph import CodeGen
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from fxopt.errors import CaptureError
+from fxopt.errors import CaptureError, first_line
 from fxopt.program import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, Facts, KVShape, Program, key_name, value_name
 
 #: Sizes to trace with: different from each other and from 1, so that none is taken for another.
@@ -118,7 +118,9 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], type]:
     try:
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
     except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot run two tokens with a DynamicCache: {error}") from error
+        raise CaptureError(
+            f"{type(model).__name__} cannot run two tokens with a DynamicCache: {first_line(error)}"
+        ) from error
     shapes = []
     for index, layer in enumerate(cache.layers):
         key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -162,9 +164,8 @@ def _export(model: PreTrainedModel, layers: tuple[KVShape, ...]) -> torch.export
             strict=False,
         )
     except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CaptureError(
-            f"{type(model).__name__} cannot be captured as one graph with symbolic lengths: {first_line} "
+            f"{type(model).__name__} cannot be captured as one graph with symbolic lengths: {first_line(error)} "
             "The stock model is unchanged; models whose code branches on the length or on data are not supported yet."
         ) from error
 
@@ -188,9 +189,9 @@ def _program(exported: torch.export.ExportedProgram, facts: Facts) -> Program:
             min(node.users).prepend(node)
     fake_mode = placeholders[0].meta["val"].fake_mode
     program = Program(GraphModule(module, graph, class_name="CausalLM"), facts, fake_mode)
-    for node in graph.nodes:
-        if node.op == "get_attr" and "val" not in node.meta:
-            node.meta["val"] = fake_mode.from_tensor(program.attribute(node), static_shapes=True)
+    for node, weight in program.weights():
+        if "val" not in node.meta:
+            node.meta["val"] = fake_mode.from_tensor(weight, static_shapes=True)
     return program
 
 

@@ -55,7 +55,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     from fxopt.passes import PASSES
 
     parser.add_argument("--max-len", type=int, default=512, help="longest prompt and answer together (default 512)")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--max-new-tokens", type=_count, default=100)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", choices=BACKENDS, default="inductor")
@@ -66,6 +66,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         if not kind.required:
             flag = f"--no-{kind.name.replace('_', '-')}"
             group.add_argument(flag, dest="left_out", action="append_const", const=kind.name, help=kind.summary)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; give at least 1")
+    return number
 
 
 def _selection(arguments: argparse.Namespace) -> Any:
@@ -85,14 +92,18 @@ def _optimised(arguments: argparse.Namespace, name: str) -> tuple[Any, Any, Any]
 
     from fxopt.api import optimize
     from fxopt.demo_model import load_model
+    from fxopt.errors import InvalidRequestError, first_line
     from fxopt.progress import Progress
 
     selection = _selection(arguments)
     transformers_logging.disable_progress_bar()
     # Loaders draw bars of their own, also into a pipe; the step says enough.
     with Progress().step(f"load {name}"), contextlib.redirect_stderr(io.StringIO()):
-        model, tokenizer = load_model(name, getattr(torch, arguments.dtype))
-        model = model.to(arguments.device)
+        try:
+            model, tokenizer = load_model(name, getattr(torch, arguments.dtype))
+            model = model.to(arguments.device)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidRequestError(f"{name} cannot be loaded to {arguments.device}: {first_line(error)}") from error
     fast = optimize(model, arguments.max_len, passes=selection, backend=arguments.backend, strict=arguments.strict)
     return model, fast, tokenizer
 

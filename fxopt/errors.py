@@ -21,3 +21,8 @@ class RewriteError(FxoptError, RuntimeError):
 
 class VerificationError(FxoptError, RuntimeError):
     """A rewritten graph does not compute what the stock model computes."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that PyTorch may add."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

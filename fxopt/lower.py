@@ -68,18 +68,16 @@ def _lift(program: Program) -> tuple[GraphModule, tuple[str, ...], tuple[Tensor,
     last = lifted.placeholders()[inputs[-1]]
     by_name: dict[str, Node] = {}
     weights: list[Tensor] = []
-    for node in list(graph.nodes):
-        if node.op != "get_attr":
-            continue
+    for node, weight in list(lifted.weights()):
         name = str(node.target)
         if name not in by_name:
-            weights.append(lifted.attribute(node))
+            weights.append(weight)
             with graph.inserting_after(last):
                 last = by_name[name] = graph.placeholder(name.replace(".", "_"))
             last.meta = dict(node.meta)
         node.replace_all_uses_with(by_name[name])
         graph.erase_node(node)
-    return GraphModule({}, graph), inputs, tuple(weights)
+    return GraphModule(lifted.gm, graph), inputs, tuple(weights)
 
 
 def _aot_eager(module: GraphModule, examples: list[Any]) -> Callable[..., Any]:

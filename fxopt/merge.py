@@ -19,8 +19,8 @@ def refuse_merge(program: Program, parts: Sequence[Linear]) -> str | None:
     names = ", ".join(str(part.node) for part in parts)
     if len({part.x for part in parts}) > 1:
         return f"{names} do not read the same input"
-    if any(part.weight.op != "get_attr" for part in parts):
-        return f"{names}: a weight is computed in the graph, so it cannot be packed ahead of time"
+    if any(tensor is not None and tensor.op != "get_attr" for p in parts for tensor in (p.weight, p.bias)):
+        return f"{names}: a weight or bias is computed in the graph, so it cannot be packed ahead of time"
     if len({part.bias is None for part in parts}) > 1:
         with_bias = ", ".join(str(part.node) for part in parts if part.bias is not None)
         return f"{names}: only {with_bias} has a bias"

@@ -32,13 +32,14 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 class Handle:
     """``fast.fxopt``: the report, the graphs and the counters of one optimised model."""
 
-    def __init__(self, engine: Engine, symbolic: Program, report: Report, parameters: tuple[str, ...]) -> None:
+    def __init__(
+        self, engine: Engine, symbolic: Program, report: Report, parameters: tuple[str, ...], watch: WeightWatch
+    ) -> None:
         self.engine = engine
         self.symbolic = symbolic
         self.report = report
         self.parameters = parameters  # the names that the model's forward takes, in order
-        weights = [(str(n.target), symbolic.attribute(n)) for n in symbolic.graph.nodes if n.op == "get_attr"]
-        self.watch = WeightWatch(weights)
+        self.watch = watch
 
     @property
     def graphs(self) -> dict[str, GraphModule]:
@@ -70,7 +71,9 @@ def make_fast(model: Model, engine: Engine, symbolic: Program, report: Report) -
     fast = fast_class.__new__(fast_class)
     fast.__dict__.update({name: _own(value) for name, value in model.__dict__.items()})
     fast.generation_config = copy.deepcopy(model.generation_config)
-    fast.fxopt = Handle(engine, symbolic, report, tuple(inspect.signature(model.forward).parameters))
+    fast.fxopt = Handle(
+        engine, symbolic, report, tuple(inspect.signature(model.forward).parameters), WeightWatch(model)
+    )
     return cast(Model, fast)
 
 

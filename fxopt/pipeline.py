@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fxopt.errors import RewriteError, VerificationError
+from fxopt.errors import RewriteError, VerificationError, first_line
 from fxopt.program import Program
 from fxopt.report import Check
 from fxopt.rewrite import Outcome, Pass, Stage, apply, require
@@ -46,7 +46,7 @@ class Pipeline:
     def verify(self, judge: Judge) -> Check:
         """Judge the symbolic program; find the pass that spoils it by replay, and drop it."""
         while True:
-            check, complaint = judge(self.program)
+            check, complaint = _judged(judge, self.program)
             if complaint is None:
                 return check
             culprit = self._first_bad(judge)
@@ -57,7 +57,7 @@ class Pipeline:
         """Take a pass out for good, or raise if that is not allowed."""
         sentence = f"with {culprit.name} applied, the {complaint}"
         if self.strict or culprit.required:
-            raise VerificationError(f"{sentence}. Leave it out with passes={{{culprit.name!r}: False}}, or report it.")
+            raise VerificationError(f"{sentence}. Leave it out of passes, or report it.")
         warnings.warn(f"{sentence}; fxopt goes on without it", stacklevel=4)
         self._dropped[culprit.name] = complaint
         self._outcomes[culprit.name].dropped = complaint
@@ -77,7 +77,7 @@ class Pipeline:
         for rewriter in self._kept(Stage.SYMBOLIC):
             program, _ = apply(rewriter, program)
             runnable = runnable or rewriter.name == "static_kv"
-            if runnable and judge(program)[1] is not None:
+            if runnable and _judged(judge, program)[1] is not None:
                 return rewriter
         raise VerificationError("the rewritten graph differs from the stock model, but no single pass does it")
 
@@ -101,10 +101,18 @@ class Pipeline:
 
     def _failed(self, rewriter: Pass[Any], program: Program, error: Exception) -> None:
         """A pass that raised has changed nothing; go on without it unless it is needed."""
-        sentence = f"{rewriter.name} failed with {type(error).__name__}: {error}"
+        sentence = f"{rewriter.name} failed with {type(error).__name__}: {first_line(error)}"
         if rewriter.required or self.strict:
             raise RewriteError(f"{sentence}. The stock model is unchanged.") from error
         warnings.warn(f"{sentence}; fxopt goes on without it", stacklevel=4)
         nodes = len(program.graph.nodes)
         self._dropped[rewriter.name] = sentence
         self._outcomes[rewriter.name] = Outcome(rewriter.name, nodes_before=nodes, nodes_after=nodes, dropped=sentence)
+
+
+def _judged(judge: Judge, program: Program) -> tuple[Check, str | None]:
+    """A graph that cannot even be run is as wrong as one with another result."""
+    try:
+        return judge(program)
+    except Exception as error:
+        return Check("", float("inf"), 0.0), f"graph fails when run ({type(error).__name__}: {first_line(error)})"

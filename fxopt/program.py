@@ -7,6 +7,7 @@ cache that attention reads), H heads, D head dim, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,14 +120,25 @@ class Program:
         first: Node = next(node for node in self.graph.nodes if node.op != "placeholder")
         return first
 
-    def attribute(self, node: Node) -> torch.Tensor:
-        """The tensor that a ``get_attr`` node reads."""
+    def value_of(self, node: Node) -> Any:
+        """What a ``get_attr`` node reads: a weight, or the body of a higher-order op."""
         value: Any = self.gm
         for part in str(node.target).split("."):
             value = getattr(value, part)
+        return value
+
+    def attribute(self, node: Node) -> torch.Tensor:
+        """The weight that a ``get_attr`` node reads."""
+        value = self.value_of(node)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{node} reads {node.target}, which is a {type(value).__name__} and no tensor")
         return value
+
+    def weights(self) -> Iterator[tuple[Node, torch.Tensor]]:
+        """Every node that reads a weight, with the weight."""
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and isinstance(value := self.value_of(node), torch.Tensor):
+                yield node, value
 
     def copy(self) -> Program:
         """A program with a graph of its own that shares every weight with this one."""

@@ -60,7 +60,9 @@ def fold_constants(program: Program) -> None:
 
 def _evaluate(program: Program, node: Node) -> Any:
     if node.op == "get_attr":
-        return program.fake_mode.from_tensor(program.attribute(node), static_shapes=True)
+        value = program.value_of(node)
+        is_weight = isinstance(value, torch.Tensor)
+        return program.fake_mode.from_tensor(value, static_shapes=True) if is_weight else value
     if node.op != "call_function":
         raise TypeError(f"{node} is a {node.op}; a captured graph holds calls of operators only")
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

@@ -113,15 +113,15 @@ def apply(rewriter: Pass[Any], program: Program) -> tuple[Program, Outcome]:
                 continue
             _stamped(rewriter, draft, site)
             outcome.matched += 1
+        if rewriter.required and outcome.matched < (outcome.expected or 0):
+            return program, _unchanged(outcome, started)  # half of a rewrite that is needed in full is of no use
         before = set(draft.graph.nodes)
         rewriter.finish(draft, outcome.matched)
         _stamp(draft, before, rewriter.name, origin=None)
     except Refused as verdict:
         outcome.matched = 0
         outcome.refused.append(_refusal(verdict.node, verdict.reason))
-        outcome.nodes_after = outcome.nodes_before
-        outcome.seconds = time.perf_counter() - started
-        return program, outcome
+        return program, _unchanged(outcome, started)
     remove_dead_code(draft)
     propagate(draft, known)
     draft.graph.lint()
@@ -130,6 +130,12 @@ def apply(rewriter: Pass[Any], program: Program) -> tuple[Program, Outcome]:
     outcome.freed_bytes = weights_before - _weight_bytes(result)
     outcome.seconds = time.perf_counter() - started
     return result, outcome
+
+
+def _unchanged(outcome: Outcome, started: float) -> Outcome:
+    outcome.nodes_after = outcome.nodes_before
+    outcome.seconds = time.perf_counter() - started
+    return outcome
 
 
 def require(rewriter: Pass[Any], outcome: Outcome) -> None:
@@ -146,7 +152,8 @@ def require(rewriter: Pass[Any], outcome: Outcome) -> None:
 def remove_dead_code(program: Program) -> None:
     """Drop nodes nobody reads, but never one that writes into a tensor, nor an input."""
     for node in reversed(list(program.graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr") and not mutates(node):
+        effect = mutates(node) or node.is_impure()
+        if not node.users and node.op in ("call_function", "get_attr") and not effect:
             program.graph.erase_node(node)
 
 
@@ -183,12 +190,10 @@ def _stamp(program: Program, before: set[Node], name: str, origin: dict[str, Any
 
 def _weight_bytes(program: Program) -> int:
     seen: dict[int, int] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            tensor = program.attribute(node)
-            if tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
+    for _, tensor in program.weights():
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,28 @@ def mutated_arguments(node: Node) -> list[Node]:
     values = arguments(node)
     written = [p.name for p in node.target._schema.arguments if p.alias_info is not None and p.alias_info.is_write]
     return [values[name] for name in written if isinstance(values[name], Node)]
+
+
+#: Ops that may hand out their operand's own memory although their schema does not say so.
+_MAY_ALIAS = frozenset(
+    {aten.contiguous.default, aten.reshape.default, aten.to.device, aten.to.dtype, aten.to.dtype_layout}
+)
+
+
+def memory_of(node: Node) -> Node:
+    """The node whose memory ``node`` may be a view of; ``node`` itself when it has its own."""
+    while node.op == "call_function" and node.all_input_nodes:
+        returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else []
+        is_view = any(value.alias_info is not None for value in returns) or node.target in _MAY_ALIAS
+        if not is_view and node.target is not operator.getitem:
+            return node
+        node = node.all_input_nodes[0]
+    return node
+
+
+def written_memory(program: Program) -> set[Node]:
+    """Everything that some op of the graph writes into, by :func:`memory_of`."""
+    return {memory_of(tensor) for node in program.graph.nodes for tensor in mutated_arguments(node)}
 
 
 def swap_argument(node: Node, old: Argument, new: Argument) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from fxopt.errors import InvalidRequestError
@@ -56,16 +56,21 @@ def is_packable(concat: Concat) -> bool:
 
 
 class WeightWatch:
-    """Notices when parameters have moved since they were packed, as ``model.to(...)`` makes them."""
+    """Notices when parameters have moved or were replaced, as ``model.to(...)`` does with them."""
 
-    def __init__(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
-        self._seen = [(name, tensor, tensor.data_ptr()) for name, tensor in tensors]
+    def __init__(self, model: nn.Module) -> None:
+        self._seen = [
+            (f"{path}.{name}".lstrip("."), module._parameters, name, parameter, parameter.data_ptr())
+            for path, module in model.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
 
     def check(self) -> None:
-        for name, tensor, address in self._seen:
-            if tensor.data_ptr() != address:
+        for path, parameters, name, parameter, address in self._seen:
+            if parameters.get(name) is not parameter or parameter.data_ptr() != address:
                 raise InvalidRequestError(
-                    f"{name} has moved since fxopt.optimize saw it (model.to(...), or a parameter was replaced), so "
+                    f"{path} has moved since fxopt.optimize saw it (model.to(...), or a parameter was replaced), so "
                     "the optimised graphs would read the old weights. Call fxopt.optimize on the stock model again."
                 )
 

@@ -47,6 +47,8 @@ class GroupedAttention(Pass[LayerAttention]):
         device = program.facts.device
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < FIRST_FAST_CAPABILITY:
             return f"{device} is older than sm80, where grouped attention runs slower than expanded heads"
+        if not _reads_cache_directly(site):
+            return f"{site.node}: something stands between the cache and the attention that reads it"
         key, value = _repeated(site, site.key), _repeated(site, site.value)
         if key is None or value is None:
             return f"{site.node}: the heads of K and V are not repeated by an expand that can be taken out"
@@ -99,6 +101,18 @@ def _is_grouped(site: LayerAttention) -> bool:
     if attention is not None:
         return attention.grouped
     return bool(shape(site.key)[1] == shape(site.key_write.new)[1])  # products that broadcast already
+
+
+def _reads_cache_directly(site: LayerAttention) -> bool:
+    """Whether K and V come from the cache by passive ops alone, into one sdpa or two products."""
+    attention = Attention.of(site.node)
+    if attention is not None:
+        return site.weighted is site.scores and attention.key is site.key and attention.value is site.value
+    products = (site.scores, site.weighted)
+    return all(p.target is aten.matmul.default for p in products) and [p.args[1] for p in products] == [
+        site.key,
+        site.value,
+    ]
 
 
 def _repeated(site: LayerAttention, operand: Node) -> RepeatedHeads | None:

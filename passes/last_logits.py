@@ -8,6 +8,7 @@ its result. What stands behind it (soft-caps, scales, casts) is elementwise and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch.fx import Node
 from fxopt.program import INPUT_IDS, LOGIT_POSITIONS, Program
 from fxopt.rewrite import Pass
 from fxopt.symbols import fresh_size
-from fxopt.views import Linear, shape
+from fxopt.views import Linear, is_tensor, shape
 
 aten = torch.ops.aten
 #: What models do to logits one number at a time.
@@ -44,7 +45,7 @@ class LastLogits(Pass[Head]):
         if program.has_input(LOGIT_POSITIONS):  # done before
             return
         node = program.logits()
-        while node.target in ELEMENTWISE and isinstance(node.args[0], Node):
+        while node.target in ELEMENTWISE and isinstance(node.args[0], Node) and _by_one_number(node):
             node = node.args[0]
         yield Head(node, Linear.of(node))
 
@@ -68,3 +69,9 @@ class LastLogits(Pass[Head]):
             logits = program.graph.call_function(aten.linear.default, (picked, *site.node.args[1:]), site.node.kwargs)
         site.node.replace_all_uses_with(logits)
         program.graph.erase_node(site.node)
+
+
+def _by_one_number(node: Node) -> bool:
+    """Whether an elementwise op treats every position alike."""
+    others = [operand for operand in node.all_input_nodes if operand is not node.args[0]]
+    return all(math.prod(shape(operand)) == 1 for operand in others if is_tensor(operand))

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from fxopt.program import Program
 from fxopt.rewrite import Pass
-from fxopt.views import arguments, mutated_arguments, mutates, shape
+from fxopt.views import arguments, is_tensor, memory_of, mutated_arguments, mutates, shape
 
 aten = torch.ops.aten
 hop = torch.ops.higher_order
@@ -37,8 +37,8 @@ CHECKS = frozenset(
     }
 )
 #: Identity ops, or ops that are one whenever the result looks like the operand.
-CASTS = frozenset({aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
-COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default})
+CASTS = frozenset({aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default})
+COPIES = frozenset({aten.clone.default, aten.lift_fresh_copy.default, aten._to_copy.default})
 RENAMES = frozenset({aten.alias.default, aten.detach.default, aten.detach_.default})
 SPREADS = frozenset({aten.slice.Tensor, aten.expand.default})
 WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -104,12 +104,15 @@ class RemoveControlFlow(Pass[Place]):
                 yield Branch(node, predicate, _body(program, when_true), _body(program, when_false), tuple(operands))
 
     def refuse(self, program: Program, site: Place) -> str | None:
-        if isinstance(site, Identity) and site.node.target in COPIES and _written_later(site.node):
-            return f"{site.node} copies a tensor that is written in place later on, so the copy is needed"
-        if isinstance(site, Branch) and not isinstance(site.predicate, bool):
-            impure = [n for body in (site.when_true, site.when_false) for n in body.graph.nodes if mutates(n)]
-            if impure:
-                return f"{site.node} chooses between branches and {impure[0]} in one of them writes in place"
+        match site:
+            case Identity(node) if _copies(node) and _written_in_place(program, node):
+                return f"{node} copies a tensor that is written in place, so the copy is needed"
+            case Wrapper(node, _, _) if _switches_autocast_on(node):
+                return f"{node} switches autocast on, which changes the dtype of what it wraps"
+            case Branch(node, Node() as predicate, _, _, _) if not is_tensor(predicate):
+                return f"{node} chooses by {predicate}, which depends on a symbolic size"
+            case Branch(node, Node(), when_true, when_false, _) if written := _writes(when_true) + _writes(when_false):
+                return f"{node} chooses between branches and {written[0]} in one of them writes in place"
         return None
 
     def rewrite(self, program: Program, site: Place) -> None:
@@ -134,6 +137,16 @@ class RemoveControlFlow(Pass[Place]):
                         for a, b in zip(yes, no, strict=True)
                     ]
                 self._replace(program, node, both)
+
+    def finish(self, program: Program, matched: int) -> None:
+        """What an inlined body wraps in turn."""
+        while nested := [
+            site
+            for site in self.find(program)
+            if isinstance(site, (Wrapper, Branch)) and self.refuse(program, site) is None
+        ]:
+            for site in nested:
+                self.rewrite(program, site)
 
     @staticmethod
     def _replace(program: Program, node: Node, results: list[Any]) -> None:
@@ -174,10 +187,9 @@ def _changes_nothing(node: Node) -> bool:
         return True
     if node.target is aten.dropout.default:
         return arguments(node)["train"] is False
-    if node.target not in CASTS | COPIES | SPREADS:
+    source = node.args[0] if node.args else None
+    if node.target not in CASTS | COPIES | SPREADS or not isinstance(source, Node) or not is_tensor(node):
         return False
-    source = node.args[0]
-    assert isinstance(source, Node)
     before, after = source.meta["val"], node.meta["val"]
     alike = before.dtype == after.dtype and before.device == after.device
     return alike and _sizes(source) == _sizes(node) and str(before.stride()) == str(after.stride())
@@ -187,8 +199,27 @@ def _sizes(node: Node) -> list[str]:
     return [str(size) for size in shape(node)]
 
 
-def _written_later(node: Node) -> bool:
+def _copies(node: Node) -> bool:
+    """Whether the result is always memory of its own, even when nothing else changes."""
+    return node.target in COPIES or (node.target in CASTS and bool(arguments(node).get("copy", False)))
+
+
+def _written_in_place(program: Program, node: Node) -> bool:
+    """Whether the copy or what it copies is written into, under any name."""
     source = node.args[0]
     assert isinstance(source, Node)
-    readers = [user for tensor in (node, source) for user in tensor.users]
-    return any(mutated_arguments(reader) for reader in readers if reader.target not in RENAMES)
+    writers = [n for n in program.graph.nodes if n.target not in RENAMES]
+    written = {memory_of(tensor) for writer in writers for tensor in mutated_arguments(writer)}
+    return not written.isdisjoint({memory_of(node), memory_of(source)})
+
+
+def _writes(body: GraphModule) -> list[Node]:
+    """The calls in a body, or in bodies inside it, that write in place."""
+    found = [node for node in body.graph.nodes if mutates(node)]
+    inner = [child for child in body.children() if isinstance(child, GraphModule)]
+    return found + [node for child in inner for node in _writes(child)]
+
+
+def _switches_autocast_on(node: Node) -> bool:
+    """``wrap_with_autocast(device, dtype, enabled, cache_enabled, body, *operands)``"""
+    return getattr(node.target, "__name__", "") == "wrap_with_autocast" and node.args[2] is True

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from fxopt.program import CACHE_POSITION, POSITION_IDS, Program
 from fxopt.rewrite import Pass
-from fxopt.views import Concat, arguments, mutates, shape
+from fxopt.views import Concat, arguments, memory_of, mutates, shape, written_memory
 
 aten = torch.ops.aten
 
@@ -80,8 +80,11 @@ def merge_position_nodes(program: Program) -> None:
     inputs = program.placeholders()
     roots = {inputs[name] for name in (POSITION_IDS, CACHE_POSITION) if name in inputs}
     derived: set[Node] = set(roots)
+    written = written_memory(program)
     seen: dict[Any, Node] = {}
     for node in list(program.graph.nodes):
+        if memory_of(node) in written:
+            continue
         if node.op == "get_attr":
             key: Any = ("get_attr", node.target)
         elif node.op == "call_function" and not mutates(node) and _depends_on_positions(node, derived):

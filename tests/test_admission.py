@@ -52,7 +52,8 @@ def llama() -> Any:
 def assert_sentence(error: BaseException, *words: str) -> None:
     """A ValueError with one line that holds these words."""
     text = str(error)
-    assert isinstance(error, (FxoptError, ValueError))
+    assert isinstance(error, FxoptError)
+    assert isinstance(error, ValueError)
     assert "\n" not in text
     for word in words:
         assert word in text, text
@@ -106,7 +107,12 @@ def test_the_longest_request_is_admitted(llama: Any, monkeypatch: pytest.MonkeyP
         raise Reached
 
     monkeypatch.setattr("fxopt.api.capture", reached)
-    for options in ({"max_len": POSITIONS}, {"max_len": 2}, {"max_len": 2, "chunk": 2, "max_batch": 1}):
+    requests: list[dict[str, Any]] = [
+        {"max_len": POSITIONS},
+        {"max_len": 2},
+        {"max_len": 2, "chunk": 2, "max_batch": 1},
+    ]
+    for options in requests:
         with pytest.raises(Reached):
             fxopt.optimize(llama, **options)
 
@@ -289,7 +295,6 @@ def without(*left_out: str) -> list[str]:
         ((name for name in NAMES), NAMES),
         (PASSES, NAMES),
     ],
-    ids=str,
 )
 def test_selections(selection: Any, expected: list[str]) -> None:
     """Always in pipeline order, required ones always there, a user's own last."""
