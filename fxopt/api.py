@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
@@ -23,6 +23,7 @@ from fxopt.weights import pack, packed_bytes
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
+@torch.inference_mode(False)  # weights re-seated in that mode could not be trained afterwards
 def optimize(
     model: Model,
     max_len: int,
@@ -49,8 +50,7 @@ def optimize(
     report = Report(type(model).__name__, backend, max_len, seconds=progress.seconds)
 
     with progress.step("capture"):
-        captured = capture(model, max_len=max_len, capacity=capacity_for(max_len))
-        captured.facts = dataclasses.replace(captured.facts, backend=backend)
+        captured = capture(model, max_len=max_len, capacity=capacity_for(max_len), backend=backend)
     pipeline = Pipeline(selected, captured, strict=strict)
     with progress.step("rewrite"):
         pipeline.run()
@@ -92,16 +92,17 @@ def _compiled(pipeline: Pipeline, backend: Backend, limits: Limits, progress: Pr
 def _verified(
     model: PreTrainedModel, engine: Engine, pipeline: Pipeline, backend: Backend, progress: Progress
 ) -> tuple[Engine, Check]:
-    """Compare the compiled code with the stock model, without a decode pass that spoils it."""
-    while True:
-        check, complaint = check_engine(model, engine, "the compiled code")
-        if complaint is None:
-            return engine, check
-        suspects = pipeline.decode_passes()
-        if not suspects:
-            raise VerificationError(
-                f"the graphs agree with the stock model, but compiled by {backend} the {complaint}. "
-                'Try backend="aot_eager", and report it.'
-            )
-        pipeline.drop(suspects[-1], complaint)
-        engine = _compiled(pipeline, backend, engine.limits, progress)
+    """Compare the compiled code with the stock model; find a decode pass that spoils it by trying without."""
+    check, complaint = check_engine(model, engine, "the compiled code")
+    if complaint is None:
+        return engine, check
+    for suspect in pipeline.decode_passes():
+        trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress)
+        check, remaining = check_engine(model, trial, "the compiled code")
+        if remaining is None:
+            pipeline.drop(suspect, complaint)
+            return trial, check
+    raise VerificationError(
+        f"the graphs agree with the stock model, but compiled by {backend} the {complaint}. "
+        'Try backend="aot_eager", and report it.'
+    )

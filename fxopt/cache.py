@@ -25,10 +25,11 @@ class BufferSet:
     def __init__(self, facts: Facts, batch: int) -> None:
         like: dict[str, Any] = {"dtype": facts.dtype, "device": facts.device}
         shapes = [layer.shapes(batch, facts.capacity) for layer in facts.layers]
-        # Zeros, because a masked row still enters the sum: 0 * NaN is NaN.
-        self.keys = [torch.zeros(key, **like) for key, _ in shapes]
-        self.values = [torch.zeros(value, **like) for _, value in shapes]
-        self.mask = torch.zeros(batch, facts.capacity, dtype=torch.long, device=facts.device)
+        with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
+            # Zeros, because a masked row still enters the sum: 0 * NaN is NaN.
+            self.keys = [torch.zeros(key, **like) for key, _ in shapes]
+            self.values = [torch.zeros(value, **like) for _, value in shapes]
+            self.mask = torch.zeros(batch, facts.capacity, dtype=torch.long, device=facts.device)
         self.batch = batch
         self.nbytes = sum(t.nbytes for t in (*self.keys, *self.values, self.mask))
 
@@ -60,7 +61,7 @@ class BufferPool:
             self._free[buffers.batch].append(buffers)
 
 
-class StaticCache(Cache):
+class BufferCache(Cache):
     """A Hugging Face cache over one buffer set.
 
     The length is a host integer, so asking for it never waits for a device. ``is_compileable`` is
@@ -70,9 +71,20 @@ class StaticCache(Cache):
     def __init__(self, pool: BufferPool, facts: Facts, batch: int) -> None:
         self.buffers = pool.borrow(batch)
         self.pool = pool
+        self._facts = facts
         pairs = zip(self.buffers.keys, self.buffers.values, strict=True)
         super().__init__(layers=[StaticLayer(key, value, facts.max_len) for key, value in pairs])
         weakref.finalize(self, pool.give_back, self.buffers).atexit = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BufferCache:
+        """The same contents in buffers of their own: how a prompt's cache is kept for several answers."""
+        twin = BufferCache(self.pool, self._facts, self.buffers.batch)
+        sources = (*self.buffers.keys, *self.buffers.values, self.buffers.mask)
+        targets = (*twin.buffers.keys, *twin.buffers.values, twin.buffers.mask)
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+        twin.advance(self.length)
+        return twin
 
     @property
     def length(self) -> int:
@@ -86,7 +98,7 @@ class StaticCache(Cache):
     def record_mask(self, mask: Tensor | None, tokens: int) -> None:
         """Take over what the caller says about old rows and the next ``tokens`` ones."""
         if mask is None:
-            self.buffers.mask[:, self.length : self.length + tokens] = 1
+            self.buffers.mask[:, : self.length + tokens] = 1  # no mask: everything may be attended to
         else:
             self.buffers.mask[:, : mask.shape[1]].copy_(mask)
 
@@ -95,9 +107,14 @@ class StaticCache(Cache):
         self.buffers.mask.copy_(self.buffers.mask.index_select(0, beam_idx.to(self.buffers.mask.device)))
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        kept = self.length - abs(int(tokens_to_remove))
         super().crop(tokens_to_remove)
-        self.buffers.mask[:, kept:] = 0
+        self.buffers.mask[:, self.length :] = 0
+
+    def rewind(self, length: int) -> None:
+        """Forget everything from row ``length`` on, also after a step that ended half way."""
+        for layer in self.layers:
+            layer.length = length
+        self.buffers.mask[:, length:] = 0
 
     def reset(self) -> None:
         self.buffers.clear()
@@ -161,4 +178,6 @@ class StaticLayer(CacheLayerMixin):
             filled.copy_(filled.index_select(0, index))
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
+        if tokens_to_remove > 0:
+            raise InvalidRequestError(f"crop({int(tokens_to_remove)}) is unclear; give minus the number of tokens")
         self.length -= min(self.length, abs(int(tokens_to_remove)))

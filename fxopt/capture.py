@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +31,22 @@ BATCH, STEP, PAST = 2, 3, 5
 _lock = threading.Lock()
 
 
-def capture(model: PreTrainedModel, *, max_len: int, capacity: int) -> Program:
+def capture(model: PreTrainedModel, *, max_len: int, capacity: int, backend: str = "eager") -> Program:
     """Capture ``model`` once; its configuration is as it was, also after an error."""
     with _lock, _exportable(model), torch.no_grad():
-        layers, output_class = _probe(model)
+        layers, dtype, output_class = _probe(model)
         facts = Facts(
             layers=layers,
             capacity=capacity,
             max_len=max_len,
-            dtype=model.dtype,
+            dtype=dtype,
             device=model.device,
             gated_mlps=_count_modules(model, [("gate_proj", "up_proj"), ("w1", "w3")]),
             split_qkv=_count_modules(model, [("q_proj", "k_proj", "v_proj"), ("query", "key", "value")]),
             output_class=output_class,
+            backend=backend,
         )
-        exported = _export(model, layers)
+        exported = _export(model, facts)
     return _program(exported, facts)
 
 
@@ -111,7 +113,7 @@ def _exportable(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], type]:
+def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, type]:
     """Run two tokens; look at what the model keeps of them, and in what it hands out its result."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     cache = DynamicCache()
@@ -132,11 +134,12 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], type]:
         shapes.append(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]))
     if not shapes:
         raise CaptureError(f"{type(model).__name__} kept nothing in the cache it was given; use the stock model")
-    return tuple(shapes), type(output)
+    return tuple(shapes), cache.layers[0].keys.dtype, type(output)
 
 
-def _export(model: PreTrainedModel, layers: tuple[KVShape, ...]) -> torch.export.ExportedProgram:
-    like = {"dtype": model.dtype, "device": model.device}
+def _export(model: PreTrainedModel, facts: Facts) -> torch.export.ExportedProgram:
+    layers = facts.layers
+    like: dict[str, Any] = {"dtype": facts.dtype, "device": facts.device}
     shapes = [layer.shapes(BATCH, PAST) for layer in layers]
     arguments = {
         INPUT_IDS: torch.zeros(BATCH, STEP, dtype=torch.long, device=model.device),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxopt.cache import BufferPool, StaticCache
+from fxopt.cache import BufferCache, BufferPool
 from fxopt.lower import Lowered
 from fxopt.program import (
     ATTENTION_MASK,
@@ -53,8 +53,8 @@ class Engine:
         self._lock = threading.RLock()
         self._rows = torch.arange(facts.capacity, device=facts.device)
 
-    def new_cache(self, batch: int) -> StaticCache:
-        return StaticCache(self.pool, self.facts, batch)
+    def new_cache(self, batch: int) -> BufferCache:
+        return BufferCache(self.pool, self.facts, batch)
 
     def decode_role(self, batch: int) -> Role:
         return Role("decode", batch, longest_step=1)
@@ -71,7 +71,7 @@ class Engine:
             return self._lowered[role]
 
     @torch.no_grad()
-    def step(self, cache: StaticCache, input_ids: Tensor, positions: Tensor, *, last_only: bool) -> Tensor:
+    def step(self, cache: BufferCache, input_ids: Tensor, positions: Tensor, *, last_only: bool) -> Tensor:
         """Feed tokens chunk by chunk; the mask of the new rows is in the cache already.
 
         ``input_ids`` and ``positions``: [B, S]. Returns logits [B, 1, V], or [B, S, V] for all.
@@ -82,17 +82,17 @@ class Engine:
             logits.append(self._chunk(cache, input_ids[:, part], positions[:, part], last_only))
         return logits[-1] if last_only else torch.cat(logits, dim=1)
 
-    def _chunk(self, cache: StaticCache, input_ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
+    def _chunk(self, cache: BufferCache, input_ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
         batch, step = input_ids.shape
         role = self.decode_role(batch) if step == 1 else self.prefill_role(batch, all_logits=not last_only)
         graph = self.lowered(role)
         filled = cache.length + step
         window = capacity_for(filled) if graph.windowed else self.facts.capacity
-        asked = self._rows[step - 1 : step] if role.name != "score" else self._rows[:step]
+        asked = self._rows[step - 1 : step] if not role.all_logits else self._rows[:step]
         tensors = {
-            INPUT_IDS: input_ids.contiguous(),
+            INPUT_IDS: input_ids.to(torch.long).contiguous(),  # compiled code reads the memory as it is
             ATTENTION_MASK: cache.buffers.mask[:, :window].contiguous(),
-            POSITION_IDS: positions.contiguous(),
+            POSITION_IDS: positions.to(device=self.facts.device, dtype=torch.long).contiguous(),
             CACHE_POSITION: self._rows[cache.length : filled],
             LOGIT_POSITIONS: asked,
         }

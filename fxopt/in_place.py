@@ -16,6 +16,7 @@ from fxopt.program import Facts
 COPIES = frozenset(
     {"cat", "clone", "copy", "copy_", "index_put", "index_copy", "select_scatter", "slice_scatter", "constant_pad_nd"}
 )
+CACHE_RANK = 4  # [batch, heads, rows, dim]: activations of as many numbers have fewer dimensions
 _NODE = re.compile(r'^\s*(\w+): "\w+\[([^\]]*)\][^"]*" = torch\.ops\.\w+\.(\w+)')
 
 
@@ -41,7 +42,7 @@ def prove_in_place(graph_text: str, facts: Facts, batch: int) -> InPlaceProof:
             continue
         name, sizes, op = found.groups()
         elements = math.prod(int(s) if s.strip().isdigit() else facts.capacity for s in sizes.split(",") if s.strip())
-        if elements < smallest:
+        if elements < smallest or len(sizes.split(",")) < CACHE_RANK:
             continue
         if op == "index_put_":
             writes += 1

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from fxopt.cache import StaticCache
+from fxopt.cache import BufferCache
 from fxopt.engine import Engine
 from fxopt.errors import InvalidRequestError
 from fxopt.program import Program
@@ -66,8 +66,13 @@ def make_fast(model: Model, engine: Engine, symbolic: Program, report: Report) -
     """A second face of ``model``: same modules and weights, forward through ``engine``."""
     stock_class = type(model)
     fast_class: Any = type(stock_class.__name__, (FastModel, stock_class), {"__module__": stock_class.__module__})
+
     # ``generate`` reads the signature of forward to learn which inputs the model takes.
-    fast_class.forward = functools.wraps(stock_class.forward)(FastModel.forward)
+    @functools.wraps(stock_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FastModel.forward(self, *args, **kwargs)
+
+    fast_class.forward = forward
     fast = fast_class.__new__(fast_class)
     fast.__dict__.update({name: _own(value) for name, value in model.__dict__.items()})
     fast.generation_config = copy.deepcopy(model.generation_config)
@@ -89,7 +94,7 @@ class _Request:
     input_ids: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor | None
-    cache: StaticCache | None
+    cache: BufferCache | None
     keep: int | Tensor
     return_dict: bool
 
@@ -129,7 +134,12 @@ class FastModel:
             positions = torch.arange(cache.length, cache.length + tokens, device=engine.facts.device)[None]
         positions = positions.expand(batch, tokens)
         last_only = isinstance(request.keep, int) and request.keep == 1
-        logits = engine.step(cache, request.input_ids, positions, last_only=last_only)
+        before = cache.length
+        try:
+            logits = engine.step(cache, request.input_ids, positions, last_only=last_only)
+        except BaseException:
+            cache.rewind(before)  # Ctrl-C between two chunks must not leave half a prompt
+            raise
         if not last_only:
             kept = slice(-request.keep, None) if isinstance(request.keep, int) else request.keep
             logits = logits[:, kept]
@@ -175,6 +185,8 @@ def _check_batch(engine: Engine, batch: int) -> None:
         )
 
 
+_EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+
 #: Arguments of forward that ask for something the graphs compute.
 _SERVED = {
     "input_ids",
@@ -196,14 +208,16 @@ def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Requ
     config, engine = model.config, handle.engine
     if model.training:
         return "training mode"
+    if torch.is_autocast_enabled(engine.facts.device.type):
+        return "autocast is on"
     if extra := asked - _SERVED:
         return f"{', '.join(sorted(extra))} given"
-    if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
-        return "the config asks for attentions or hidden states"
+    if outputs := [name for name in _EXTRA_OUTPUTS if getattr(config, name, False)]:
+        return f"the config asks for {', '.join(outputs)}"
     use_cache, cache = given.get("use_cache"), given.get("past_key_values")
     if not (config.use_cache if use_cache is None else use_cache):
         return "use_cache=False"
-    if cache is not None and not (isinstance(cache, StaticCache) and cache.pool is engine.pool):
+    if cache is not None and not (isinstance(cache, BufferCache) and cache.pool is engine.pool):
         return f"a foreign cache ({type(cache).__name__})"
     input_ids, mask, positions = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids")
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
@@ -216,10 +230,13 @@ def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Requ
     if cache is None and input_ids.shape[1] > engine.facts.max_len:
         return "more tokens than max_len without a cache of ours"
     if cache is not None and cache.buffers.batch != input_ids.shape[0]:
-        return "a batch size other than the cache's"
+        raise InvalidRequestError(
+            f"a batch of {input_ids.shape[0]} was given with a cache for {cache.buffers.batch}; use a cache of its own"
+        )
     if mask is not None and tuple(mask.shape) != (input_ids.shape[0], filled + input_ids.shape[1]):
         return "an attention mask that is not [batch, past + tokens]"
-    if positions is not None and positions.dim() != 2:
+    shapes = {(1, input_ids.shape[1]), tuple(input_ids.shape)}
+    if positions is not None and tuple(positions.shape) not in shapes:
         return "positions that are not [batch, tokens]"
     if "position_ids" in handle.parameters and positions is None and mask is not None and not bool(mask.all()):
         return "a padded batch without position_ids, whose positions only the model's own code knows"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable
@@ -57,10 +58,21 @@ class Pipeline:
         """Take a pass out for good, or raise if that is not allowed."""
         sentence = f"with {culprit.name} applied, the {complaint}"
         if self.strict or culprit.required:
+            if culprit.required:
+                raise VerificationError(
+                    f"{sentence}, and nothing works without it. Use the stock model, and report it."
+                )
             raise VerificationError(f"{sentence}. Leave it out of passes, or report it.")
         warnings.warn(f"{sentence}; fxopt goes on without it", stacklevel=4)
         self._dropped[culprit.name] = complaint
         self._outcomes[culprit.name].dropped = complaint
+
+    def without(self, suspect: Pass[Any]) -> Pipeline:
+        """The same with one pass less, to try; nothing is said or kept."""
+        trial = copy.copy(self)
+        trial._dropped = {**self._dropped, suspect.name: "on trial"}
+        trial._outcomes = dict(self._outcomes)
+        return trial
 
     def decode_passes(self) -> list[Pass[Any]]:
         """The passes still applied to decode graphs that changed something there."""
@@ -79,7 +91,10 @@ class Pipeline:
             runnable = runnable or rewriter.name == "static_kv"
             if runnable and _judged(judge, program)[1] is not None:
                 return rewriter
-        raise VerificationError("the rewritten graph differs from the stock model, but no single pass does it")
+        raise VerificationError(
+            "the rewritten graph differs from the stock model, but with no single pass added. "
+            'Use the stock model or passes="minimal", and report it.'
+        )
 
     def _apply(self, program: Program, passes: list[Pass[Any]]) -> Program:
         for rewriter in passes:

@@ -50,7 +50,7 @@ class Facts:
     layers: tuple[KVShape, ...]
     capacity: int  # rows of every cache buffer
     max_len: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the cache
     device: torch.device
     gated_mlps: int  # MLPs with a gate and an up projection of their own
     split_qkv: int  # attention layers with three projections of their own
@@ -67,11 +67,6 @@ class Facts:
         if self.backend != "inductor":
             return f"only Inductor fuses a product into its sum; {self.backend} would write it out"
         return f"measured on CPU only; on {self.device.type} the library's kernel stays"
-
-    @property
-    def kv_bytes_per_row(self) -> int:
-        elements = sum(s.key_heads * s.key_dim + s.value_heads * s.value_dim for s in self.layers)
-        return elements * self.dtype.itemsize
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         proofs = {name: {**asdict(proof), "holds": proof.holds} for name, proof in self.proofs.items()}
-        return {**asdict(self), "schema": SCHEMA, "in_place": proofs} | {"proofs": proofs}
+        return {"schema": SCHEMA, **asdict(self), "proofs": proofs}
 
     def __str__(self) -> str:
         lines = [f"{self.model}, max_len {self.max_len}, backend {self.backend}", "", self._table()]

@@ -9,8 +9,10 @@ aten = torch.ops.aten
 
 
 def wide(graph: Graph, node: Node) -> Node:
-    """``node`` in float32, in which products are summed whatever the model's dtype."""
-    return graph.call_function(aten.to.dtype, (node, torch.float32))
+    """``node`` in float32 at least, in which products are summed whatever the model's dtype."""
+    value = node.meta.get("val")
+    wide_already = value is not None and value.dtype == torch.float64
+    return node if wide_already else graph.call_function(aten.to.dtype, (node, torch.float32))
 
 
 def stored(graph: Graph, node: Node, sizes: list[int]) -> Node:
@@ -24,4 +26,6 @@ def stored(graph: Graph, node: Node, sizes: list[int]) -> Node:
     for i in reversed(range(len(sizes) - 1)):
         strides[i] = strides[i + 1] * sizes[i + 1]
     dense = graph.call_function(aten.contiguous.default, (node,))
-    return graph.call_function(aten.as_strided.default, (dense, sizes, strides))
+    view = graph.call_function(aten.as_strided.default, (dense, sizes, strides))
+    view.meta["val"] = node.meta["val"].reshape(sizes)
+    return view

@@ -20,13 +20,19 @@ from fxopt.lower import lower
 from fxopt.program import Program
 from fxopt.report import Check
 
-#: How many units of rounding a row may differ by. Sums in another order differ by tens of units in
-#: float32. In half precision the stock model rounds after every op and compiled code does not:
-#: SmolLM2 in bfloat16 differs by 11 units, of which 9 are the stock model's own distance from float32.
-ROUNDINGS = {torch.float64: 1e4, torch.float32: 1e3, torch.float16: 32.0, torch.bfloat16: 32.0}
+#: How much of its length a row may differ by, in roundings of the dtype. Sums in another order differ
+#: by tens of roundings in float32; models compute rotary tables in float32 also when they are float64.
+#: In half precision the stock model rounds after every op and compiled code does not: SmolLM2 in
+#: bfloat16 differs by 11 roundings, of which 9 are the stock model's own distance from float32.
+ALLOWED = {
+    torch.float64: 1e3 * torch.finfo(torch.float32).eps,
+    torch.float32: 1e3 * torch.finfo(torch.float32).eps,
+    torch.float16: 32 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 32 * torch.finfo(torch.bfloat16).eps,
+}
 
 DECODE_STEPS = 4
-LONGEST_PROMPT = 48
+LONGEST_PROMPT = 80  # past the first window of 64 rows
 
 
 SMALL_CHUNK = 16  # so that the prompt crosses chunk borders
@@ -115,8 +121,7 @@ def compare(expected: Reference, engine: Engine, what: str) -> tuple[Check, str 
         for kind, ours, stock in (("K", cache.buffers.keys[layer], key), ("V", cache.buffers.values[layer], value)):
             last = ours[:, :, cache.length - rows : cache.length]
             note(last.transpose(1, 2)[seen], stock.transpose(1, 2)[seen], f"{kind} of layer {layer}")
-    dtype = expected.logits[0].dtype
-    allowed = ROUNDINGS[dtype] * torch.finfo(dtype).eps
+    allowed = ALLOWED[expected.logits[0].dtype]
     check = Check(what, worst, allowed)
     if worst <= allowed:
         return check, None

@@ -54,9 +54,11 @@ class FuseGateUp(Pass[Gate]):
         return program.facts.gated_mlps
 
     def find(self, program: Program) -> Iterator[Gate]:
+        taken: set[Node] = set()
         for node in program.graph.nodes:
             gate = Gate.of(node)
-            if gate is not None:
+            if gate is not None and taken.isdisjoint({gate.gate.node, gate.up.node}):
+                taken |= {gate.gate.node, gate.up.node}
                 yield gate
 
     def refuse(self, program: Program, site: Gate) -> str | None:

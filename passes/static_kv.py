@@ -25,7 +25,7 @@ from fxopt.program import ATTENTION_MASK, CACHE_POSITION, INPUT_IDS, POSITION_ID
 from fxopt.propagate import mark_edited
 from fxopt.rewrite import Pass, Refused
 from fxopt.symbols import dimension, expression, mentions, write_size, write_value
-from fxopt.views import Concat, arguments, is_tensor, swap_argument
+from fxopt.views import Concat, arguments, is_tensor, mutates, swap_argument
 
 aten = torch.ops.aten
 ROWS = 2  # the dimension of a cache buffer that counts tokens
@@ -128,7 +128,21 @@ class _Lengths:
                 self._select(node, symbols)
             elif any(mentions(operand, symbols) and not is_tensor(operand) for operand in node.all_input_nodes):
                 self._operands(node, symbols)
+        self._refuse_leftovers()
         self._resize_inputs()
+
+    def _refuse_leftovers(self) -> None:
+        """Nothing that still matters may be computed from the number of past tokens, as a float say."""
+        useful = {self.program.output()}
+        for node in reversed(self.graph.nodes):
+            if node in useful or mutates(node):
+                useful.update(node.all_input_nodes)
+        inputs = self.program.placeholders()
+        buffers = {inputs[name(i)] for i in range(len(self.program.facts.layers)) for name in (key_name, value_name)}
+        for node in useful:
+            if node.target is aten.sym_size.int and node.args == (node.args[0], ROWS) and node.args[0] in buffers:
+                reader = next(user for user in node.users if user in useful)
+                raise Refused(reader, f"{reader} computes with the number of past tokens in a way that has no rule")
 
     def _resize_inputs(self) -> None:
         """Past keys and values become whole buffers; the mask covers all their rows."""
@@ -179,9 +193,8 @@ class _Lengths:
         first, last = expression(values["start"]), expression(values["end"])
         assert first is not None and last is not None
         with self.graph.inserting_before(node):
-            length = self.graph.call_function(
-                aten.arange.default, (self.size(node, last - first),), {"device": self.program.facts.device}
-            )
+            options = {"dtype": node.meta["val"].dtype, "device": self.program.facts.device}
+            length = self.graph.call_function(aten.arange.default, (self.size(node, last - first),), options)
             shifted = self.graph.call_function(aten.add.Tensor, (length, self.value(node, first)))
         shifted.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(shifted)
@@ -238,7 +251,7 @@ class _Lengths:
         expr = value if isinstance(value, sympy.Expr) else expression(value)
         assert expr is not None
         expr = sympy.expand(self._canonical(expr).subs(self.past, self.window - self.step))
-        if expr.has(self.window) and expr.coeff(self.window) == 1 and expr.has(*self.step.free_symbols):
+        if expr.has(self.window) and expr.coeff(self.window, 0).has(*self.step.free_symbols):
             raise Refused(at, f"{at} uses the number of past tokens alone as a size, and a static cache has none")
         with self.graph.inserting_before(at):
             return write_size(self.graph, expr, lambda symbol: self.leaves[symbol])

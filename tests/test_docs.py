@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from pathlib import Path
@@ -25,8 +24,7 @@ FIRST_LAYER = (None, 0)  # what belongs to no layer, and layer 0
 
 def blocks() -> dict[str, str]:
     """What each generated block should hold."""
-    program = capture(tiny("llama"), max_len=100, capacity=128)
-    program.facts = dataclasses.replace(program.facts, backend="inductor")
+    program = capture(tiny("llama"), max_len=100, capacity=128, backend="inductor")
     texts = {"capture": _attention_of(readable(program, layers=[0]))}
     for kind in PASSES:
         if kind.stage is Stage.DECODE:
@@ -87,3 +85,9 @@ def test_a_pass_is_named_as_its_file() -> None:
     for kind in PASSES:
         assert kind.__module__ == f"fxopt.passes.{kind.name}"
         assert (ROOT / "passes" / f"{kind.name}.py").exists()
+
+
+def test_readme_shows_a_report_of_every_pass() -> None:
+    sample = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert sample is not None
+    assert all(kind.name in sample.group(1) for kind in PASSES)

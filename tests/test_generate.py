@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, StoppingCriteria, TextStreamer
 
 import fxopt
-from fxopt.cache import StaticCache
+from fxopt.cache import BufferCache
 
 MAX_LEN = 96
 
@@ -129,7 +132,7 @@ def test_a_conversation_goes_on_in_the_same_cache(stock: PreTrainedModel, fast: 
         prompt = torch.cat([first.sequences, tokens[1:]], dim=1)
         turns[name] = model.generate(prompt, past_key_values=first.past_key_values, **options)
     assert turns["fast"].sequences.tolist() == turns["stock"].sequences.tolist()
-    assert isinstance(turns["fast"].past_key_values, StaticCache)
+    assert isinstance(turns["fast"].past_key_values, BufferCache)
 
 
 FORWARD: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -197,3 +200,93 @@ def test_what_a_cache_left_behind_is_not_seen(stock: PreTrainedModel, fast: Any,
     gc.collect()
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert fast.generate(tokens, **options).tolist() == stock.generate(tokens, **options).tolist()
+
+
+@torch.no_grad()
+def test_no_mask_means_everything_as_in_the_stock_model(stock: PreTrainedModel, fast: Any, tokens: Tensor) -> None:
+    """Rows that the eager path wrote, and rows that an earlier mask hid, count when no mask is given."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    embeddings = stock.get_input_embeddings()(tokens)
+    found = fast.generate(inputs_embeds=embeddings, **options)
+    assert found.tolist() == stock.generate(inputs_embeds=embeddings, **options).tolist()
+    for first in ({"output_hidden_states": True}, {"attention_mask": torch.ones_like(tokens)}):
+        results = []
+        for model in (stock, fast):
+            cache = model(tokens, **first).past_key_values
+            results.append(model(tokens[:, :3], past_key_values=cache).logits)
+        torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@torch.no_grad()
+def test_integers_of_any_width(stock: PreTrainedModel, fast: Any, tokens: Tensor, dtype: torch.dtype) -> None:
+    positions = torch.arange(9, dtype=dtype)[None]
+    found = fast(tokens.to(dtype), position_ids=positions).logits
+    torch.testing.assert_close(found, stock(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_inference_mode_and_back(stock: PreTrainedModel, tokens: Tensor) -> None:
+    with torch.inference_mode():
+        fast: Any = fxopt.optimize(stock, max_len=MAX_LEN, backend="eager")
+        fast.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert not any(parameter.is_inference() for parameter in stock.parameters())
+    gc.collect()
+    fast.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_autocast_is_left_to_the_model(stock: PreTrainedModel, fast: Any, tokens: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = fast(tokens, use_cache=True).logits, stock(tokens).logits
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way(stock: PreTrainedModel, fast: Any, tokens: Tensor) -> None:
+    """One prompt, two continuations."""
+    prefix = fast(tokens).past_key_values
+    twin = copy.deepcopy(prefix)
+    fast(tokens + 1, past_key_values=prefix)
+    expected = stock(tokens[:, :4], past_key_values=stock(tokens).past_key_values).logits
+    found = fast(tokens[:, :4], past_key_values=twin).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_interrupt_between_chunks_leaves_the_cache_as_it_was(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(1))
+    expected = fast(long).logits
+    cache = fast(long[:, :8]).past_key_values
+    engine, calls = fast.fxopt.engine, []
+    run = engine._chunk
+
+    def interrupted(*args: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        result: Tensor = run(*args)
+        return result
+
+    monkeypatch.setattr(engine, "_chunk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fast(long[:, 8:], past_key_values=cache)
+    monkeypatch.undo()
+    assert cache.length == 8
+    again = fast(long[:, 8:], past_key_values=cache).logits
+    torch.testing.assert_close(again, expected[:, 8:], atol=1e-5, rtol=1e-5)
+
+
+def test_two_threads(stock: PreTrainedModel, fast: Any) -> None:
+    prompts = [torch.randint(3, VOCABULARY, (1, 4 + i), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    expected = [stock.generate(prompt, **options).tolist() for prompt in prompts]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda prompt: fast.generate(prompt, **options).tolist(), prompts))
+    assert found == expected
+
+
+def test_models_keep_signatures_of_their_own(fast: Any) -> None:
+    before = str(inspect.signature(fast.forward))
+    fxopt.optimize(tiny("bloom"), max_len=32, backend="eager", verify="off")
+    assert str(inspect.signature(fast.forward)) == before

@@ -1011,7 +1011,7 @@ def test_the_collector_may_run_while_a_buffer_is_borrowed() -> None:
             super().__init__(*args)
 
     def borrow() -> None:
-        held: Any = caches.StaticCache(pool, facts, 1)
+        held: Any = caches.BufferCache(pool, facts, 1)
         held.itself = held  # part of a cycle, as an exception's traceback makes it
         del held
         with pytest.MonkeyPatch.context() as patch:
