@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fxopt
 from fxopt.passes import PASSES
 from fxopt.program import Program
+from fxopt.views import arguments
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class TimesOne:
     """``node = mul(x, 1)``"""
 
     node: Node
+    x: Node
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,16 @@ class DropTimesOne(fxopt.Pass[TimesOne]):
 
     def find(self, program: Program) -> Iterator[TimesOne]:
         for node in program.graph.nodes:
-            if node.target is torch.ops.aten.mul.Tensor and node.args[1] == 1.0:
-                yield TimesOne(node)
+            if node.target is torch.ops.aten.mul.Tensor and arguments(node)["other"] == 1.0:
+                yield TimesOne(node, arguments(node)["self"])
 
     def refuse(self, program: Program, site: TimesOne) -> str | None:
-        source = site.node.args[0]
-        assert isinstance(source, Node)
-        if source.meta["val"].dtype != site.node.meta["val"].dtype:
+        if site.x.meta["val"].dtype != site.node.meta["val"].dtype:
             return f"{site.node} also casts to {site.node.meta['val'].dtype}"
         return None
 
     def rewrite(self, program: Program, site: TimesOne) -> None:
-        source = site.node.args[0]
-        assert isinstance(source, Node)
-        site.node.replace_all_uses_with(source)
+        site.node.replace_all_uses_with(site.x)
         program.graph.erase_node(site.node)
 
 

@@ -10,10 +10,9 @@ import sympy
 import torch
 from torch.fx import Node
 
+from fxopt.lengths import END
 from fxopt.program import ATTENTION_MASK, INPUT_IDS, LOGIT_POSITIONS, Program, key_name
 from fxopt.symbols import expression
-
-END = 2**63 - 1
 
 Letters = dict[sympy.Expr, sympy.Symbol]
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from fxopt.attention import Attention
 from fxopt.program import Program
 from fxopt.rewrite import Pass, Stage
 from fxopt.sums import stored, wide
-from fxopt.views import Attention, shape
+from fxopt.views import shape
 
 aten = torch.ops.aten
 

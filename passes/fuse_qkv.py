@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fxopt.attention import LayerAttention
 from fxopt.merge import merge_linears, refuse_merge
 from fxopt.program import Program
 from fxopt.rewrite import Pass
-from fxopt.views import LayerAttention, Linear, upstream
+from fxopt.views import Linear, upstream
 
 LINEAR = frozenset({torch.ops.aten.linear.default})
 

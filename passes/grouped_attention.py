@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fxopt.attention import Attention, LayerAttention, RepeatedHeads
 from fxopt.program import Program
 from fxopt.rewrite import Pass
-from fxopt.views import Attention, LayerAttention, RepeatedHeads, shape
+from fxopt.views import shape
 
 aten = torch.ops.aten
 FIRST_FAST_CAPABILITY = (8, 0)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fxopt.attention import RowWrite
 from fxopt.program import ATTENTION_MASK, Program, key_name, value_name
 from fxopt.rewrite import Pass
 from fxopt.symbols import fresh_size
-from fxopt.views import RowWrite, shape
+from fxopt.views import shape
 
 aten = torch.ops.aten
 
