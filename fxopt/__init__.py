@@ -1,7 +1,14 @@
 """fxopt: rewrite a Hugging Face causal LM's graph for static, fast generation."""
 
 from fxopt.api import optimize
-from fxopt.errors import CaptureError, FxoptError, InvalidRequestError, RewriteError, VerificationError
+from fxopt.errors import (
+    CaptureError,
+    FxoptError,
+    InvalidRequestError,
+    LoweringError,
+    RewriteError,
+    VerificationError,
+)
 from fxopt.report import Report
 from fxopt.rewrite import Pass
 
@@ -10,6 +17,7 @@ __all__ = [
     "CaptureError",
     "FxoptError",
     "InvalidRequestError",
+    "LoweringError",
     "Pass",
     "Report",
     "RewriteError",

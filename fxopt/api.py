@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from fxopt.admission import Selection, admit, select
 from fxopt.capture import capture
 from fxopt.engine import Engine, Limits, capacity_for
-from fxopt.errors import VerificationError
+from fxopt.errors import LoweringError, VerificationError, first_line
 from fxopt.lower import Backend, Lowered, lower
 from fxopt.model import make_fast
 from fxopt.pipeline import Pipeline
@@ -79,7 +79,14 @@ def _compiled(pipeline: Pipeline, backend: Backend, limits: Limits, progress: Pr
     """An engine whose prefill and decode graphs are compiled; other batch sizes follow on first use."""
 
     def source(role: Role) -> Lowered:
-        return lower(pipeline.specialised(role), backend)
+        program = pipeline.specialised(role)
+        try:
+            return lower(program, backend)
+        except RuntimeError as error:
+            raise LoweringError(
+                f"{backend} failed to compile the {role.name} graph for batch {role.batch}: {first_line(error)} "
+                'Inductor needs a C++ compiler (g++); backend="aot_eager" does without'
+            ) from error
 
     engine = Engine(pipeline.program.facts, source, limits)
     batch = limits.max_batch or 1

@@ -19,6 +19,10 @@ class RewriteError(FxoptError, RuntimeError):
     """A pass that cannot be left out was refused, or a pass failed under ``strict=True``."""
 
 
+class LoweringError(FxoptError, RuntimeError):
+    """The compiler failed on a rewritten graph."""
+
+
 class VerificationError(FxoptError, RuntimeError):
     """A rewritten graph does not compute what the stock model computes."""
 

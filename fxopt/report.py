@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from fxopt.in_place import InPlaceProof
 from fxopt.rewrite import Outcome, Refusal
 
 SCHEMA = 1
+WIDTH = 100  # columns
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Report:
         if refusals:
             lines += ["", "Left alone:", *refusals]
         lines += ["", *self._closing_lines()]
-        return "\n".join(lines)
+        return "\n".join(wrapped for line in lines for wrapped in _wrapped(line))
 
     def _table(self) -> str:
         rows = [
@@ -77,6 +79,13 @@ class Report:
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()))
         return lines
+
+
+def _wrapped(line: str) -> list[str]:
+    """Sentences folded to the width of a terminal; tables are left as they are."""
+    if len(line) <= WIDTH or "\n" in line:
+        return [line]
+    return textwrap.wrap(line, WIDTH, subsequent_indent="    ")
 
 
 def _refusal_lines(outcome: Outcome) -> list[str]:

@@ -101,7 +101,7 @@ def test_report_as_data_and_as_text(fast: Any) -> None:
     assert "eager" in refused[0]["reason"]
     text = str(report)
     assert all(kind.name in text for kind in PASSES)
-    assert max(len(line) for line in text.splitlines()) <= 160
+    assert max(len(line) for line in text.splitlines()) <= 100
     assert "alike" in text  # equal refusals are one line
 
 
