@@ -152,7 +152,9 @@ def _quantised_weight(model: PreTrainedModel) -> str | None:
 def _admit_modules(model: PreTrainedModel) -> None:
     for path, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if hooks or hasattr(module, "_hf_hook"):
+        # Transformers leaves hooks behind that collect hidden states when asked, and do nothing else.
+        foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
+        if foreign or hasattr(module, "_hf_hook"):
             where = path or type(model).__name__
             raise InvalidRequestError(
                 f"{where} has forward hooks, which a captured graph would not run; remove them first"

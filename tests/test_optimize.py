@@ -82,6 +82,16 @@ def test_copying_is_refused_with_a_sentence(fast: Any, duplicate: Any) -> None:
         duplicate(fast)
 
 
+def test_a_model_that_was_asked_for_hidden_states_before() -> None:
+    """Transformers leaves its collecting hooks on the modules for good."""
+    stock: Any = tiny("llama", num_hidden_layers=1)
+    stock(TOKENS, output_hidden_states=True)
+    fast: Any = fxopt.optimize(stock, max_len=32, backend="eager")
+    expected = stock.generate(TOKENS, max_new_tokens=8, do_sample=False)
+    assert fast.generate(TOKENS, max_new_tokens=8, do_sample=False).tolist() == expected.tolist()
+    assert len(fast(TOKENS, output_hidden_states=True).hidden_states) == 2
+
+
 def test_graphs(fast: Any) -> None:
     graphs = fast.fxopt.graphs
     assert set(graphs) == {"symbolic", "prefill", "decode"}
