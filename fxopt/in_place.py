@@ -16,7 +16,6 @@ from fxopt.program import Facts
 COPIES = frozenset(
     {"cat", "clone", "copy", "copy_", "index_put", "index_copy", "select_scatter", "slice_scatter", "constant_pad_nd"}
 )
-CACHE_RANK = 4  # [batch, heads, rows, dim]: activations of as many numbers have fewer dimensions
 _NODE = re.compile(r'^\s*(\w+): "\w+\[([^\]]*)\][^"]*" = torch\.ops\.\w+\.(\w+)')
 
 
@@ -32,8 +31,12 @@ class InPlaceProof:
         return not self.copies
 
 
-def prove_in_place(graph_text: str, facts: Facts, batch: int) -> InPlaceProof:
-    """Read the text of a final graph. A symbolic size counts as the whole capacity."""
+def prove_in_place(graph_text: str, facts: Facts, batch: int, window: str = "") -> InPlaceProof:
+    """Read the text of a final graph.
+
+    The symbol ``window`` counts as the whole capacity; any other one counts tokens of this step,
+    which are activations and no cache.
+    """
     smallest = min(math.prod(shape) for layer in facts.layers for shape in layer.shapes(batch, facts.capacity))
     writes, copies = 0, []
     for line in graph_text.splitlines():
@@ -41,11 +44,16 @@ def prove_in_place(graph_text: str, facts: Facts, batch: int) -> InPlaceProof:
         if found is None:
             continue
         name, sizes, op = found.groups()
-        elements = math.prod(int(s) if s.strip().isdigit() else facts.capacity for s in sizes.split(",") if s.strip())
-        if elements < smallest or len(sizes.split(",")) < CACHE_RANK:
+        if math.prod(_size(size.strip(), window, facts.capacity) for size in sizes.split(",")) < smallest:
             continue
         if op == "index_put_":
             writes += 1
         elif op in COPIES:
             copies.append(f"{name}: {op} of [{sizes}]")
     return InPlaceProof(writes, tuple(copies))
+
+
+def _size(text: str, window: str, capacity: int) -> int:
+    if text.isdigit():
+        return int(text)
+    return capacity if text == window else 1

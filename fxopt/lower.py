@@ -48,7 +48,8 @@ def lower(program: Program, backend: Backend) -> Lowered:
     """Compile one specialised program."""
     module, inputs, weights = _lift(program)
     examples = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    windowed = isinstance(shape(program.placeholders()[ATTENTION_MASK])[1], torch.SymInt)
+    window = shape(program.placeholders()[ATTENTION_MASK])[1]
+    windowed = isinstance(window, torch.SymInt)
     if backend == "eager":
         return Lowered(program, module, inputs, weights, windowed)
     with _lock, tracing(TracingContext(program.fake_mode)), torch.no_grad():
@@ -56,7 +57,7 @@ def lower(program: Program, backend: Backend) -> Lowered:
             return Lowered(program, _aot_eager(module, examples), inputs, weights, windowed)
         call, text = _inductor(module, examples)
     batch = int(shape(program.placeholders()[INPUT_IDS])[0])
-    proof = prove_in_place(text, program.facts, batch) if text else None
+    proof = prove_in_place(text, program.facts, batch, str(window)) if text else None
     return Lowered(program, call, inputs, weights, windowed, proof)
 
 

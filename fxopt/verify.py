@@ -10,6 +10,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +86,9 @@ def reference(model: PreTrainedModel, *, batch: int, max_len: int) -> Reference:
     cache = DynamicCache()
     logits = []
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + steps))]:
-        inputs = {"input_ids": tokens[:, start:end], "attention_mask": mask[:, :end]}
-        if "position_ids" in _forward_parameters(model):
-            inputs["position_ids"] = positions[:, start:end]
+        inputs: dict[str, Any] = {"input_ids": tokens[:, start:end], "attention_mask": mask[:, :end]}
+        optional = {"position_ids": positions[:, start:end], "logits_to_keep": 1}
+        inputs |= {name: value for name, value in optional.items() if name in _forward_parameters(model)}
         logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1])
     keys = tuple(layer.keys for layer in cache.layers)
     values = tuple(layer.values for layer in cache.layers)
