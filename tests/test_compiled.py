@@ -77,6 +77,15 @@ def test_the_proof_sees_a_copy(pair: tuple[Any, Any]) -> None:
     assert prove_in_place(line, facts, batch=1, window="s1").holds  # as many tokens of this step are no cache
 
 
+def test_expanded_heads_are_a_copy_that_the_proof_names() -> None:
+    """Without the pass that takes them out, Inductor writes K and V of the window out for every group."""
+    passes = {"grouped_attention": False, "decode_attention": False}
+    fast: Any = fxopt.optimize(tiny("llama", num_hidden_layers=1), max_len=128, passes=passes, verify="off")
+    proof = fast.fxopt.report.proofs["decode"]
+    assert not proof.holds
+    assert len(proof.copies) == 2
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
     return load_model("demo", torch.float32)
