@@ -1,6 +1,7 @@
 """fxopt: rewrite a Hugging Face causal LM's graph for static, fast generation."""
 
 from fxopt.api import optimize
+from fxopt.culprit import Culprit, bisect
 from fxopt.errors import (
     CaptureError,
     FxoptError,
@@ -9,19 +10,32 @@ from fxopt.errors import (
     RewriteError,
     VerificationError,
 )
+from fxopt.only import Only
+from fxopt.preview import explain
 from fxopt.report import Report
-from fxopt.rewrite import Pass
+from fxopt.rewrite import Pass, Stage
+from fxopt.token_check import SameTokens, TokenCheck, verify
+from fxopt.views import Miss
 
 __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
+    "Culprit",
     "FxoptError",
     "InvalidRequestError",
     "LoweringError",
+    "Miss",
+    "Only",
     "Pass",
     "Report",
     "RewriteError",
+    "SameTokens",
+    "Stage",
+    "TokenCheck",
     "VerificationError",
     "__version__",
+    "bisect",
+    "explain",
     "optimize",
+    "verify",
 ]

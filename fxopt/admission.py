@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from fxopt.capture import position_limit
 from fxopt.errors import InvalidRequestError
 from fxopt.lower import BACKENDS
 from fxopt.model import FastModel
-from fxopt.passes import PASSES
+from fxopt.registry import Placed, catalogue, ordered
 from fxopt.rewrite import Pass
 
 Selection = str | Iterable[str | Pass[Any] | type[Pass[Any]]] | Mapping[str, Any] | None
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-#: Names for whole selections: the passes each leaves out.
-PRESETS: dict[str, frozenset[str]] = {
-    "default": frozenset(),
-    "minimal": frozenset(kind.name for kind in PASSES if not kind.required),
+#: When a rewritten graph is compared with the stock model.
+VERIFICATIONS = ("final", "each", "off")
+
+#: Names for whole selections: whether a pass is in it.
+PRESETS: dict[str, Callable[[Pass[Any]], bool]] = {
+    "default": lambda _: True,
+    "minimal": lambda rewriter: rewriter.required,
 }
 
 
 def admit(model: Any, *, max_len: Any, max_batch: Any, chunk: Any, backend: Any, verify: Any) -> None:
     """Raise a sentence if the request cannot be served."""
+    admit_request(model, max_len=max_len, max_batch=max_batch, chunk=chunk, backend=backend, verify=verify)
+    _admit_values(model)
+
+
+def admit_request(model: Any, *, max_len: Any, max_batch: Any, chunk: Any, backend: Any, verify: Any) -> None:
+    """The same for a model that may have no values: all but running it."""
     _admit_model(model)
     _admit_number("max_len", max_len, at_least=2)
     _admit_number("chunk", chunk, at_least=2)
     if max_batch is not None:
         _admit_number("max_batch", max_batch, at_least=1)
     _admit_choice("backend", backend, BACKENDS)
-    _admit_choice("verify", verify, ("final", "off"))
+    _admit_choice("verify", verify, VERIFICATIONS)
     limit = position_limit(model)
     if limit is not None and max_len > limit:
         raise InvalidRequestError(
@@ -46,14 +56,14 @@ def admit(model: Any, *, max_len: Any, max_batch: Any, chunk: Any, backend: Any,
 
 def select(passes: Selection) -> tuple[Pass[Any], ...]:
     """The passes to apply, in pipeline order, from any form that a user may give."""
-    known = {kind.name: kind for kind in PASSES}
+    known = {kind.name: kind for kind in catalogue()}
     chosen: dict[str, Pass[Any]] = {name: kind() for name, kind in known.items()}
     if passes is None:
         return tuple(chosen.values())
     if isinstance(passes, str):
         if passes not in PRESETS:
             raise InvalidRequestError(_unknown("preset", passes, PRESETS))
-        return tuple(p for p in chosen.values() if p.name not in PRESETS[passes])
+        return tuple(p for p in chosen.values() if PRESETS[passes](p))
     if isinstance(passes, Mapping):
         for name, wanted in passes.items():
             _known_name(name, known)
@@ -72,8 +82,9 @@ def select(passes: Selection) -> tuple[Pass[Any], ...]:
     for item in passes:
         rewriter = _as_pass(item, known)
         named[rewriter.name] = rewriter
-    order = [*known, *(name for name in named if name not in known)]
-    return tuple(named[name] for name in order if name in named)
+    strangers = [rewriter for name, rewriter in named.items() if name not in known]
+    order: tuple[Placed, ...] = ordered([*known.values(), *strangers])
+    return tuple(named[one.name] for one in order if one.name in named)
 
 
 def _as_pass(item: Any, known: Mapping[str, type[Pass[Any]]]) -> Pass[Any]:
@@ -141,7 +152,7 @@ def _admit_model(model: Any) -> None:
 def _quantised_weight(model: PreTrainedModel) -> str | None:
     """The first weight that is not a plain float tensor. De-quantised checkpoints keep their flag, so look."""
     for name, parameter in model.named_parameters():
-        if type(parameter.data) is not torch.Tensor:
+        if type(parameter.data) not in (torch.Tensor, FakeTensor):
             return f"{name} is a {type(parameter.data).__name__}"
         if parameter.dtype not in FLOATS:
             return f"{name} is {parameter.dtype}"
@@ -166,7 +177,10 @@ def _admit_devices(model: PreTrainedModel) -> None:
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
     if len(devices) > 1:
         raise InvalidRequestError(f"the weights lie on {' and '.join(devices)}; move the model to one device first")
-    if devices == ["meta"]:
+
+
+def _admit_values(model: PreTrainedModel) -> None:
+    if any(p.device.type == "meta" or isinstance(p.data, FakeTensor) for p in model.parameters()):
         raise InvalidRequestError("the weights are on the meta device and have no values; load the model first")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from fxopt.program import CACHE_POSITION, Program, key_name, value_name
-from fxopt.views import arguments, shape
+from fxopt.views import Miss, arguments, shape
 
 aten = torch.ops.aten
 
@@ -35,7 +36,7 @@ PASSIVE = frozenset(
     }
 )
 #: Matrix products that attention written out by hand uses, and where the query stands in each.
-MATMULS = {aten.matmul.default: 0, aten.bmm.default: 0, aten.baddbmm.default: 1}
+MATMULS: dict[Any, int] = {aten.matmul.default: 0, aten.bmm.default: 0, aten.baddbmm.default: 1}
 
 
 def consumers(node: Node) -> list[tuple[Node, Node]]:
@@ -152,22 +153,33 @@ class LayerAttention:
         return self.scores
 
     @classmethod
-    def all(cls, program: Program) -> Iterator[LayerAttention]:
-        inputs = program.placeholders()
+    def search(cls, program: Program) -> Iterator[LayerAttention | Miss]:
+        """The attention of every layer, or what about it is not understood."""
         for layer in range(len(program.facts.layers)):
-            key_write = RowWrite.into(inputs[key_name(layer)])
-            value_write = RowWrite.into(inputs[value_name(layer)])
-            if key_write is None or value_write is None:
-                continue
-            readers = consumers(key_write.node)
-            summers = consumers(value_write.node)
-            if len(readers) != 1 or len(summers) != 1:
-                continue
-            (scores, key), (weighted, value) = readers[0], summers[0]
-            attention = Attention.of(scores)
-            if attention is not None:
-                yield cls(layer, key_write, value_write, scores, weighted, attention.query, key, value)
-            elif scores.target in MATMULS and weighted.target in MATMULS:
-                query = scores.args[MATMULS[scores.target]]
-                assert isinstance(query, Node)
-                yield cls(layer, key_write, value_write, scores, weighted, query, key, value)
+            yield cls._of(program, layer)
+
+    @classmethod
+    def _of(cls, program: Program, layer: int) -> LayerAttention | Miss:
+        inputs = program.placeholders()
+        buffers = inputs[key_name(layer)], inputs[value_name(layer)]
+        key_write, value_write = (RowWrite.into(buffer) for buffer in buffers)
+        if key_write is None or value_write is None:
+            return Miss(buffers[0], "no index_copy_ writes the rows of this step into it")
+        readers, summers = consumers(key_write.node), consumers(value_write.node)
+        for kind, found, write in (("K", readers, key_write), ("V", summers, value_write)):
+            if len(found) != 1:
+                return Miss(write.node, f"{kind} is read by {_names(found) or 'nothing'}, not by one op")
+        (scores, key), (weighted, value) = readers[0], summers[0]
+        attention = Attention.of(scores)
+        if attention is not None:
+            return cls(layer, key_write, value_write, scores, weighted, attention.query, key, value)
+        for kind, node in (("K", scores), ("V", weighted)):
+            if node.target not in MATMULS:
+                return Miss(node, f"{kind} is read by {node} ({node.target}), which is no attention that is known")
+        query = scores.args[MATMULS[scores.target]]
+        assert isinstance(query, Node)
+        return cls(layer, key_write, value_write, scores, weighted, query, key, value)
+
+
+def _names(found: list[tuple[Node, Node]]) -> str:
+    return ", ".join(f"{reader} ({reader.target})" for reader, _ in found)

@@ -43,6 +43,7 @@ def capture(model: PreTrainedModel, *, max_len: int, capacity: int, backend: str
             device=model.device,
             gated_mlps=_count_modules(model, [("gate_proj", "up_proj"), ("w1", "w3")]),
             split_qkv=_count_modules(model, [("q_proj", "k_proj", "v_proj"), ("query", "key", "value")]),
+            grouped_layers=_count_grouped(model, layers),
             output_class=output_class,
             backend=backend,
         )
@@ -105,20 +106,34 @@ def _exportable(model: PreTrainedModel) -> Iterator[None]:
         if attention not in ("eager", "sdpa"):
             model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
             stack.callback(model.set_attn_implementation, attention)
-        experts = getattr(model.config, "_experts_implementation", None)
-        if experts not in (None, "grouped_mm", "batched_mm"):
+        if getattr(model.config, "_experts_implementation", None) != "batched_mm":
             # The eager form loops over the experts that were hit, which depends on the data.
-            model.config._experts_implementation = "grouped_mm"
-            stack.callback(setattr, model.config, "_experts_implementation", experts)
+            stack.enter_context(_experts_as(model, "grouped_mm"))
         yield
+
+
+@contextlib.contextmanager
+def _experts_as(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Let a mixture compute its experts in another way for a while."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None:
+        yield
+        return
+    model.config._experts_implementation = implementation
+    try:
+        yield
+    finally:
+        model.config._experts_implementation = before
 
 
 def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, type]:
     """Run two tokens; look at what the model keeps of them, and in what it hands out its result."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     cache = DynamicCache()
+    experts = _experts_as(model, "batched_mm")  # the grouped form has no shapes for every dtype
     try:
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
+        with experts:
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot run two tokens with a DynamicCache: {first_line(error)}"
@@ -196,6 +211,12 @@ def _program(exported: torch.export.ExportedProgram, facts: Facts) -> Program:
         if "val" not in node.meta:
             node.meta["val"] = fake_mode.from_tensor(weight, static_shapes=True)
     return program
+
+
+def _count_grouped(model: PreTrainedModel, layers: tuple[KVShape, ...]) -> int:
+    """How many layers keep fewer heads than the config gives the query, more than one."""
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    return sum(1 for layer in layers if isinstance(heads, int) and layer.key_heads < heads)
 
 
 def _count_modules(model: nn.Module, families: list[tuple[str, ...]]) -> int:

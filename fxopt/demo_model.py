@@ -16,10 +16,10 @@ DEMO = "demo"
 
 def load_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A model and its tokenizer: the demo model, or whatever ``from_pretrained`` takes."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": False}  # a folder's code is never run
     if name == DEMO:
         weights = _demo_weights()
-        name, options = str(weights.parent), {"gguf_file": weights.name}
+        name, options["gguf_file"] = str(weights.parent), weights.name
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval()
     return model, tokenizer

@@ -21,15 +21,9 @@ from fxopt.program import (
     Facts,
     key_name,
     value_name,
+    whole_windows,
 )
 from fxopt.specialise import Role
-
-WINDOW = 64  # windows are multiples of this many rows
-
-
-def capacity_for(max_len: int) -> int:
-    """Rows of a buffer that holds ``max_len`` tokens: whole windows."""
-    return -(-max_len // WINDOW) * WINDOW
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ class Engine:
         role = self.decode_role(batch) if step == 1 else self.prefill_role(batch, all_logits=not last_only)
         graph = self.lowered(role)
         filled = cache.length + step
-        window = capacity_for(filled) if graph.windowed else self.facts.capacity
+        window = whole_windows(filled) if graph.windowed else self.facts.capacity
         asked = self._rows[step - 1 : step] if not role.all_logits else self._rows[:step]
         tensors = {
             INPUT_IDS: input_ids.to(torch.long).contiguous(),  # compiled code reads the memory as it is

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class FxoptError(Exception):
     """Anything fxopt refuses or fails to do; the stock model is as it was before."""
@@ -25,6 +28,14 @@ class LoweringError(FxoptError, RuntimeError):
 
 class VerificationError(FxoptError, RuntimeError):
     """A rewritten graph does not compute what the stock model computes."""
+
+
+def warn(sentence: str) -> None:
+    """A warning that points at the user's line, however deep below it the reason was found."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("fxopt", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(sentence, stacklevel=depth)
 
 
 def first_line(error: BaseException) -> str:

@@ -15,12 +15,11 @@ from torch.fx import Node
 from fxopt.program import ATTENTION_MASK, CACHE_POSITION, INPUT_IDS, Program, key_name, value_name
 from fxopt.propagate import mark_edited
 from fxopt.rewrite import Refused
-from fxopt.symbols import dimension, expression, mentions, write_size, write_value
+from fxopt.symbols import END, dimension, expression, mentions, write_size, write_value
 from fxopt.views import arguments, is_tensor, mutates, swap_argument
 
 aten = torch.ops.aten
 ROWS = 2  # the dimension of a cache buffer that counts tokens
-END = 2**63 - 1  # how a slice says "to the end"
 
 
 class Lengths:

@@ -6,8 +6,9 @@ every set of buffers, sees weights that are updated in place, and holds no memor
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -36,12 +37,17 @@ class Lowered:
     weights: tuple[Tensor, ...]
     windowed: bool  # whether it takes a mask of any length, or one over the whole buffers
     proof: InPlaceProof | None = None
+    launches: int | None = None  # kernels and library calls of one run, where the compiler says
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        arguments = [tensors[name] for name in self.inputs]
-        logits = self.call(*arguments, *self.weights)[0]
-        assert isinstance(logits, Tensor)
+        """The logits."""
+        logits: Tensor = self.outputs(tensors)[0]
         return logits
+
+    def outputs(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Everything that the graph returns: the logits, and in the captured form keys and values."""
+        outputs: Sequence[Tensor] = self.call(*(tensors[name] for name in self.inputs), *self.weights)
+        return outputs
 
 
 def lower(program: Program, backend: Backend) -> Lowered:
@@ -55,10 +61,10 @@ def lower(program: Program, backend: Backend) -> Lowered:
     with _lock, tracing(TracingContext(program.fake_mode)), torch.no_grad():
         if backend == "aot_eager":
             return Lowered(program, _aot_eager(module, examples), inputs, weights, windowed)
-        call, text = _inductor(module, examples)
+        call, text, code = _inductor(module, examples)
     batch = int(shape(program.placeholders()[INPUT_IDS])[0])
     proof = prove_in_place(text, program.facts, batch, str(window)) if text else None
-    return Lowered(program, call, inputs, weights, windowed, proof)
+    return Lowered(program, call, inputs, weights, windowed, proof, count_launches(code) if code else None)
 
 
 def _lift(program: Program) -> tuple[GraphModule, tuple[str, ...], tuple[Tensor, ...]]:
@@ -88,19 +94,32 @@ def _aot_eager(module: GraphModule, examples: list[Any]) -> Callable[..., Any]:
     return compiled
 
 
-def _inductor(module: GraphModule, examples: list[Any]) -> tuple[Callable[..., Any], str]:
-    """Compile, and bring back the text of the graph that Inductor made code for."""
+def _inductor(module: GraphModule, examples: list[Any]) -> tuple[Callable[..., Any], str, str]:
+    """Compile, and bring back the text of the graph that Inductor made code for, and that code."""
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     texts: list[str] = []
+    codes: list[str] = []
 
     def listen(gm: GraphModule, inputs: Any, **options: Any) -> Any:
         compiled = compile_fx_inner(gm, inputs, **options)
         texts.append(getattr(compiled, "inductor_post_grad_graph_str", ""))
+        codes.append(getattr(compiled, "source_code", ""))
         return compiled
 
     # Without AOTAutograd's own cache ``listen`` is always called; Inductor's cache still holds the code.
     with functorch_config.patch(enable_autograd_cache=False):
         call: Any = compile_fx(module, examples, inner_compile=listen)
-    return call, "\n".join(texts)
+    return call, "\n".join(texts), "\n".join(codes)
+
+
+#: A statement of the generated ``call`` that runs a kernel or a library function.
+_LAUNCH = re.compile(
+    r"^ +(?:\w+ = )?(?:cpp_\w+\(|triton_\w+\.run\(|extern_kernels\.|torch\.ops\.(?!\w+\.\w*assert))", re.MULTILINE
+)
+
+
+def count_launches(code: str) -> int:
+    """How many kernels the code that Inductor generated starts in one run."""
+    return len(_LAUNCH.findall(code))

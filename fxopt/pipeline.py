@@ -4,68 +4,118 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fxopt.errors import RewriteError, VerificationError, first_line
+from fxopt.driver import apply, require
+from fxopt.errors import RewriteError, VerificationError, first_line, warn
+from fxopt.judge import Judge, Verdict
+from fxopt.listing import listing
+from fxopt.outcome import Check, Outcome
 from fxopt.program import Program
-from fxopt.report import Check
-from fxopt.rewrite import Outcome, Pass, Stage, apply, require
+from fxopt.provenance import trace
+from fxopt.report import Report
+from fxopt.rewrite import Pass, Stage
 from fxopt.specialise import Role, specialise
+from fxopt.step_cost import step_cost
 
 log = logging.getLogger("fxopt")
 
-#: Judges a rewritten program: the worst error, and a sentence if it is too large.
-Judge = Callable[[Program], tuple[Check, str | None]]
+Judged = Callable[[Program], Verdict]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a pipeline treats its passes. ``judge`` is None where nothing is compared."""
+
+    strict: bool = False
+    judge: Judge | None = None
+    each: bool = False  # judge after every pass, not only at the end
+    batch: int = 1  # of the decode graph that is reported and judged
 
 
 class Pipeline:
     """Selected passes, the program they lead to, and one outcome each."""
 
-    def __init__(self, passes: Iterable[Pass[Any]], captured: Program, *, strict: bool) -> None:
+    def __init__(self, passes: Iterable[Pass[Any]], captured: Program, policy: Policy) -> None:
         self.passes = tuple(passes)
         self.captured = captured
-        self.strict = strict
+        self.policy = policy
         self.program = captured
+        self._each = policy.each and policy.judge is not None
         self._outcomes: dict[str, Outcome] = {}
         self._dropped: dict[str, str] = {}
+        self._last_check: Check | None = None
 
     @property
     def outcomes(self) -> list[Outcome]:
-        return [self._outcomes[p.name] for p in self.passes if p.name in self._outcomes]
+        """The capture, the passes on the symbolic graph, its specialisation, the passes on that."""
+        order = ["capture", *self._names(Stage.SYMBOLIC), "specialise", *self._names(Stage.DECODE)]
+        return [self._outcomes[name] for name in order if name in self._outcomes]
+
+    def report(self, model: str) -> Report:
+        """A report on these stages; a pass that comes later is in ``outcomes`` when it has been applied."""
+        facts = self.captured.facts
+        return Report(model, facts.backend, facts.max_len, self.policy.batch, self._context, self.outcomes)
+
+    @property
+    def _context(self) -> int:
+        """Rows of the cache that are filled in the step that is costed: those of a half-filled cache."""
+        return max(1, self.captured.facts.max_len // 2)
+
+    def forget_judge(self) -> None:
+        """Graphs for other batch sizes are made later; what the stock model said need not live on for them."""
+        self.policy = replace(self.policy, judge=None)
 
     def run(self) -> None:
         """Apply every pass for the symbolic graph."""
-        self.program = self._apply(self.captured, self._kept(Stage.SYMBOLIC))
+        judged = self.policy.judge.graph if self.policy.judge is not None else None
+        self._begin(Outcome("capture", "capture", "the model's own code as one graph"), self.captured, judged)
+        self.program = self._apply(self.captured, self._kept(Stage.SYMBOLIC), judged)
 
     def specialised(self, role: Role) -> Program:
         """The graph of a role; a decode graph goes through the passes made for it."""
         program = specialise(self.program, role)
-        return self._apply(program, self._kept(Stage.DECODE)) if role.longest_step == 1 else program
+        if role.longest_step > 1:
+            return program
+        if role.batch != self.policy.batch or "specialise" in self._outcomes:
+            return self._apply(program, self._kept(Stage.DECODE), None, noted=False)
 
-    def verify(self, judge: Judge) -> Check:
-        """Judge the symbolic program; find the pass that spoils it by replay, and drop it."""
-        while True:
-            check, complaint = _judged(judge, self.program)
-            if complaint is None:
-                return check
-            culprit = self._first_bad(judge)
-            self.drop(culprit, complaint)
+        def judged(decode: Program) -> Verdict:
+            assert self.policy.judge is not None
+            return self.policy.judge.decode(self.program, decode, role.batch)
+
+        start = Outcome("specialise", "specialise", f"batch {role.batch}, one token, numbers for symbols")
+        self._begin(start, program, judged)
+        return self._apply(program, self._kept(Stage.DECODE), judged)
+
+    def verify(self) -> Check:
+        """Judge the symbolic program; if it is wrong, go through it again pass by pass and drop what spoils it."""
+        assert self.policy.judge is not None
+        if self._each and self._last_check is not None:
+            return self._last_check
+        check, complaint = _judged(self.policy.judge.graph, self.program)
+        if complaint is not None:
+            log.warning("%s; looking for the pass", complaint)
+            self._each = True
             self.run()
+            check, complaint = _judged(self.policy.judge.graph, self.program)
+        if complaint is not None:
+            raise VerificationError(
+                f"the rewritten graph differs from the stock model ({complaint}), but with no single pass added. "
+                'Use the stock model or passes="minimal", and report it.'
+            )
+        return check
 
     def drop(self, culprit: Pass[Any], complaint: str) -> None:
         """Take a pass out for good, or raise if that is not allowed."""
-        sentence = f"with {culprit.name} applied, the {complaint}"
-        if self.strict or culprit.required:
-            if culprit.required:
-                raise VerificationError(
-                    f"{sentence}, and nothing works without it. Use the stock model, and report it."
-                )
+        sentence = f"with {culprit.name} applied, {complaint}"
+        if culprit.required:
+            raise VerificationError(f"{sentence}, and nothing works without it. Use the stock model, and report it.")
+        if self.policy.strict:
             raise VerificationError(f"{sentence}. Leave it out of passes, or report it.")
-        warnings.warn(f"{sentence}; fxopt goes on without it", stacklevel=4)
-        self._dropped[culprit.name] = complaint
-        self._outcomes[culprit.name].dropped = complaint
+        self._go_on_without(culprit, sentence, complaint)
 
     def without(self, suspect: Pass[Any]) -> Pipeline:
         """The same with one pass less, to try; nothing is said or kept."""
@@ -79,55 +129,92 @@ class Pipeline:
         kept = self._kept(Stage.DECODE)
         return [p for p in kept if p.name in self._outcomes and self._outcomes[p.name].matched > 0]
 
+    def _names(self, stage: Stage) -> list[str]:
+        return [p.name for p in self.passes if p.stage is stage]
+
     def _kept(self, stage: Stage) -> list[Pass[Any]]:
         return [p for p in self.passes if p.stage is stage and p.name not in self._dropped]
 
-    def _first_bad(self, judge: Judge) -> Pass[Any]:
-        """Replay the pipeline pass by pass; the first whose result is judged wrong."""
-        program = self.captured
-        runnable = False
-        for rewriter in self._kept(Stage.SYMBOLIC):
-            program, _ = apply(rewriter, program)
-            runnable = runnable or rewriter.name == "static_kv"
-            if runnable and _judged(judge, program)[1] is not None:
-                return rewriter
-        raise VerificationError(
-            "the rewritten graph differs from the stock model, but with no single pass added. "
-            'Use the stock model or passes="minimal", and report it.'
-        )
+    def _begin(self, start: Outcome, program: Program, judged: Judged | None) -> None:
+        """Note the graph that the next passes start from, and that it is right to begin with."""
+        start.nodes_before = start.nodes_after = len(program.graph.nodes)
+        self._note(start, program)
+        if not self._each or judged is None:
+            return
+        start.verified, complaint = _judged(judged, program)
+        self._last_check = start.verified
+        if complaint is not None:
+            raise VerificationError(
+                f"before any pass, {start.name} made a graph that is wrong: {complaint}. "
+                "Use the stock model, and report the architecture."
+            )
 
-    def _apply(self, program: Program, passes: list[Pass[Any]]) -> Program:
+    def _apply(
+        self, program: Program, passes: list[Pass[Any]], judged: Judged | None, *, noted: bool = True
+    ) -> Program:
+        """Every pass in turn; one that fails or does harm leaves the program as it was."""
         for rewriter in passes:
             try:
-                program, outcome = apply(rewriter, program)
+                result, outcome = apply(rewriter, program)
             except Exception as error:
                 self._failed(rewriter, program, error)
                 continue
             log.debug("%s matched %d of %s", rewriter.name, outcome.matched, outcome.expected)
-            self._outcomes[rewriter.name] = outcome
+            if noted:
+                self._note(outcome, result)
             require(rewriter, outcome)
-            if self.strict and outcome.matched < (outcome.expected or 0):
-                reasons = "; ".join(refusal.reason for refusal in outcome.refused[:3]) or "no site was found"
-                raise RewriteError(
-                    f"{rewriter.name} matched {outcome.matched} of {outcome.expected} places ({reasons}), "
-                    "and strict=True asks for all"
-                )
+            self._insist(outcome)
+            if not noted or self._is_right(rewriter, result, outcome, judged):
+                program = result
         return program
+
+    def _is_right(self, rewriter: Pass[Any], result: Program, outcome: Outcome, judged: Judged | None) -> bool:
+        """Whether a pass may stay; drops it if not."""
+        if not self._each or judged is None or outcome.matched == 0:
+            return True
+        outcome.verified, complaint = _judged(judged, result)
+        if complaint is not None:
+            self.drop(rewriter, complaint)
+            return False
+        self._last_check = outcome.verified
+        return True
+
+    def _note(self, outcome: Outcome, program: Program) -> None:
+        """Keep an outcome with the graph that it led to, as text and as what a step on it costs."""
+        outcome.listing = listing(program)
+        outcome.step = step_cost(program, batch=self.policy.batch, context=self._context)
+        trace(outcome.name, lambda: "\n".join(line.text for line in outcome.listing))
+        self._outcomes[outcome.name] = outcome
+
+    def _insist(self, outcome: Outcome) -> None:
+        if not self.policy.strict or outcome.is_complete:
+            return
+        left = [spot.reason for spot in (*outcome.refused, *outcome.near)[:3]]
+        raise RewriteError(
+            f"{outcome.name} matched {outcome.matched} of {outcome.expected} places "
+            f"({'; '.join(left) or 'no site was found'}), and strict=True asks for all"
+        )
 
     def _failed(self, rewriter: Pass[Any], program: Program, error: Exception) -> None:
         """A pass that raised has changed nothing; go on without it unless it is needed."""
         sentence = f"{rewriter.name} failed with {type(error).__name__}: {first_line(error)}"
-        if rewriter.required or self.strict:
+        if rewriter.required or self.policy.strict:
             raise RewriteError(f"{sentence}. The stock model is unchanged.") from error
-        warnings.warn(f"{sentence}; fxopt goes on without it", stacklevel=4)
         nodes = len(program.graph.nodes)
-        self._dropped[rewriter.name] = sentence
-        self._outcomes[rewriter.name] = Outcome(rewriter.name, nodes_before=nodes, nodes_after=nodes, dropped=sentence)
+        self._outcomes[rewriter.name] = Outcome(
+            rewriter.name, rewriter.stage.value, rewriter.summary, nodes_before=nodes, nodes_after=nodes
+        )
+        self._go_on_without(rewriter, sentence, sentence)
+
+    def _go_on_without(self, rewriter: Pass[Any], sentence: str, why: str) -> None:
+        warn(f"{sentence}; fxopt goes on without it")
+        self._dropped[rewriter.name] = why
+        self._outcomes[rewriter.name].dropped = why
 
 
-def _judged(judge: Judge, program: Program) -> tuple[Check, str | None]:
+def _judged(judge: Judged, program: Program) -> Verdict:
     """A graph that cannot even be run is as wrong as one with another result."""
     try:
         return judge(program)
     except Exception as error:
-        return Check("", float("inf"), 0.0), f"graph fails when run ({type(error).__name__}: {first_line(error)})"
+        return Check("", float("inf"), 0.0), f"the graph fails when run ({type(error).__name__}: {first_line(error)})"

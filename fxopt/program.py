@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 INPUT_IDS = "input_ids"  # [B, S]
@@ -20,6 +21,14 @@ ATTENTION_MASK = "attention_mask"  # [B, N], 1 where a row of the cache may be a
 POSITION_IDS = "position_ids"  # [B, S]
 CACHE_POSITION = "cache_position"  # [S], the rows of the cache that this step writes
 LOGIT_POSITIONS = "logit_positions"  # [K], the steps whose logits are asked for
+
+
+WINDOW = 64  # attention reads multiples of this many rows
+
+
+def whole_windows(rows: int) -> int:
+    """The rows of the windows that cover ``rows``."""
+    return -(-rows // WINDOW) * WINDOW
 
 
 def key_name(layer: int) -> str:
@@ -54,6 +63,7 @@ class Facts:
     device: torch.device
     gated_mlps: int  # MLPs with a gate and an up projection of their own
     split_qkv: int  # attention layers with three projections of their own
+    grouped_layers: int  # layers that keep fewer heads than the query has
     output_class: type  # what the model's forward returns
     backend: str = "eager"  # what the graphs will be handed to
 
@@ -143,4 +153,6 @@ class Program:
         graph.output(result)
         new_output = next(iter(reversed(graph.nodes)))
         new_output.meta = copy.copy(self.output().meta)
-        return replace(self, gm=GraphModule(self.gm, graph, class_name=type(self.gm).__name__))
+        # Its Python code is written when it is first run: most copies are only read and edited.
+        with _use_lazy_graph_module(True):
+            return replace(self, gm=_make_graph_module(self.gm, graph, class_name="CausalLM"))

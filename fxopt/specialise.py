@@ -9,10 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fxopt.driver import remove_dead_code
 from fxopt.errors import RewriteError
 from fxopt.program import ATTENTION_MASK, INPUT_IDS, LOGIT_POSITIONS, Program
 from fxopt.propagate import fold_constants, propagate
-from fxopt.rewrite import remove_dead_code
 from fxopt.symbols import expression, fresh_size
 
 

@@ -12,6 +12,8 @@ from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+END = 2**63 - 1  # how a slice says "to the end"
+
 Leaf = Callable[[sympy.Symbol], Node | int]
 
 

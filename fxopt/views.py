@@ -16,6 +16,14 @@ from fxopt.program import Program
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Miss:
+    """A place that looked like what a pass is after, until ``reason``."""
+
+    node: Node
+    reason: str
+
+
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an operator call by the names in its schema, defaults filled in."""
     target = node.target

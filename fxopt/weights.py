@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from fxopt.errors import InvalidRequestError
@@ -89,13 +90,15 @@ def _seat(tensors: Sequence[Tensor]) -> Tensor:
 
 def _are_adjacent(tensors: Sequence[Tensor]) -> bool:
     """Whether the weights lie one behind the other already, from an earlier packing."""
+    if any(tensor.device.type == "meta" or isinstance(tensor, FakeTensor) for tensor in tensors):
+        return False
     end = tensors[0].data_ptr()
     storage = tensors[0].untyped_storage().data_ptr()
     for tensor in tensors:
         if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage or not tensor.is_contiguous():
             return False
         end += tensor.nbytes
-    return tensors[0].device.type != "meta"
+    return True
 
 
 def _adjacent(tensors: Sequence[Tensor]) -> Tensor:

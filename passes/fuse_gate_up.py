@@ -16,7 +16,7 @@ from torch.fx import Node
 from fxopt.merge import merge_linears, refuse_merge
 from fxopt.program import Program
 from fxopt.rewrite import Pass
-from fxopt.views import Linear, upstream
+from fxopt.views import Linear, Miss, upstream
 
 aten = torch.ops.aten
 LINEAR = frozenset({aten.linear.default})
@@ -31,18 +31,22 @@ class Gate:
     up: Linear
 
     @classmethod
-    def of(cls, node: Node) -> Gate | None:
+    def of(cls, node: Node) -> Gate | Miss | None:
         if node.target is not aten.mul.Tensor:
             return None
         operands = [operand for operand in node.args if isinstance(operand, Node)]
         if len(operands) != 2:
             return None
+        miss = None
         for activated, plain in (operands, reversed(operands)):
             up, sources = Linear.of(plain), upstream(activated, LINEAR)
             gate = Linear.of(next(iter(sources))) if len(sources) == 1 else None
-            if up is not None and gate is not None and gate.node is not up.node and gate.x is up.x:
+            if up is None or gate is None or gate.node is up.node:
+                continue
+            if gate.x is up.x:
                 return cls(node, gate, up)
-        return None
+            miss = Miss(node, f"{gate.node} reads {gate.x} and {up.node} reads {up.x}, not one input")
+        return miss
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ class FuseGateUp(Pass[Gate]):
     def expected(self, program: Program) -> int:
         return program.facts.gated_mlps
 
-    def find(self, program: Program) -> Iterator[Gate]:
+    def find(self, program: Program) -> Iterator[Gate | Miss]:
         taken: set[Node] = set()
         for node in program.graph.nodes:
             gate = Gate.of(node)
-            if gate is not None and taken.isdisjoint({gate.gate.node, gate.up.node}):
+            if isinstance(gate, Miss):
+                yield gate
+            elif gate is not None and taken.isdisjoint({gate.gate.node, gate.up.node}):
                 taken |= {gate.gate.node, gate.up.node}
                 yield gate
 

@@ -25,7 +25,7 @@ from torch.fx import Node
 from fxopt.attention import Attention, LayerAttention, RepeatedHeads
 from fxopt.program import Program
 from fxopt.rewrite import Pass
-from fxopt.views import shape
+from fxopt.views import Miss, shape
 
 aten = torch.ops.aten
 FIRST_FAST_CAPABILITY = (8, 0)
@@ -37,11 +37,11 @@ class GroupedAttention(Pass[LayerAttention]):
     summary = "grouped-query attention without expanding the heads of K and V"
 
     def expected(self, program: Program) -> int:
-        return sum(1 for _ in self.find(program))
+        return program.facts.grouped_layers
 
-    def find(self, program: Program) -> Iterator[LayerAttention]:
-        for site in LayerAttention.all(program):
-            if _groups(site) > 1 and not _is_grouped(site):
+    def find(self, program: Program) -> Iterator[LayerAttention | Miss]:
+        for site in LayerAttention.search(program):
+            if isinstance(site, Miss) or (_groups(site) > 1 and not _is_grouped(site)):
                 yield site
 
     def refuse(self, program: Program, site: LayerAttention) -> str | None:

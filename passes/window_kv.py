@@ -20,7 +20,7 @@ from fxopt.attention import RowWrite
 from fxopt.program import ATTENTION_MASK, Program, key_name, value_name
 from fxopt.rewrite import Pass
 from fxopt.symbols import fresh_size
-from fxopt.views import shape
+from fxopt.views import Miss, shape
 
 aten = torch.ops.aten
 
@@ -33,15 +33,14 @@ class WindowKV(Pass[RowWrite]):
     def expected(self, program: Program) -> int:
         return 2 * len(program.facts.layers)
 
-    def find(self, program: Program) -> Iterator[RowWrite]:
+    def find(self, program: Program) -> Iterator[RowWrite | Miss]:
         inputs = program.placeholders()
         if isinstance(shape(inputs[ATTENTION_MASK])[1], torch.SymInt):  # done before
             return
         for layer in range(len(program.facts.layers)):
             for name in (key_name(layer), value_name(layer)):
                 write = RowWrite.into(inputs[name])
-                if write is not None:
-                    yield write
+                yield write if write is not None else Miss(inputs[name], "no index_copy_ writes rows into it")
 
     def rewrite(self, program: Program, site: RowWrite) -> None:
         with program.graph.inserting_after(site.node):

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fxopt.cli import main
+from fxopt.families import tiny
 from fxopt.passes import PASSES
 
 PROMPT = "w5 w17 w40"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, tiny
 from torch._dynamo.utils import counters
 
 import fxopt
 from fxopt.demo_model import load_model
+from fxopt.families import VOCABULARY, tiny
 from fxopt.in_place import prove_in_place
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,7 +29,7 @@ def pair() -> tuple[Any, Any]:
 def test_llama_counts_and_proof(pair: tuple[Any, Any]) -> None:
     """2 x layers, 1 x layers, and 0 cache-sized copies."""
     report = pair[1].fxopt.report.to_dict()
-    rows = {row["name"]: row for row in report["passes"]}
+    rows = {row["name"]: row for row in report["stages"]}
     expected = {"static_kv": 6, "fuse_qkv": 3, "fuse_gate_up": 3, "grouped_attention": 3, "decode_attention": 3}
     assert {name: (rows[name]["expected"], rows[name]["matched"]) for name in expected} == {
         name: (count, count) for name, count in expected.items()
@@ -95,7 +95,7 @@ def test_smollm2_says_the_same(smollm2: Any) -> None:
     model, tokenizer = smollm2
     torch._dynamo.reset()
     fast: Any = fxopt.optimize(model, max_len=256, strict=True)
-    rows = {row["name"]: row for row in fast.fxopt.report.to_dict()["passes"]}
+    rows = {row["name"]: row for row in fast.fxopt.report.to_dict()["stages"]}
     assert (rows["static_kv"]["matched"], rows["fuse_qkv"]["matched"], rows["matvec"]["matched"]) == (60, 30, 121)
     inputs = tokenizer("Once upon a time, in a land of compilers,", return_tensors="pt")
     options: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False}

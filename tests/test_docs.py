@@ -7,14 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
-from families import tiny
 
 from fxopt.capture import capture
+from fxopt.driver import apply
+from fxopt.families import tiny
+from fxopt.listing import readable
 from fxopt.passes import PASSES
 from fxopt.program import Program
-from fxopt.rewrite import Stage, apply
+from fxopt.rewrite import Stage
 from fxopt.specialise import Role, specialise
-from fxopt.text import readable
 
 ROOT = Path(__file__).parent.parent
 WALK = ROOT / "docs" / "how-it-works.md"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SLIDING, VOCABULARY, tiny
 from torch import Tensor
 
 import fxopt
+from fxopt.families import FAMILIES, SLIDING, VOCABULARY, tiny
 
 CHUNK = 16
 NEW = 40

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, tiny
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, StoppingCriteria, TextStreamer
 
 import fxopt
 from fxopt.cache import BufferCache
+from fxopt.families import VOCABULARY, tiny
 
 MAX_LEN = 96
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny
 from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fxopt
+from fxopt.families import tiny
 from fxopt.passes import PASSES
 from fxopt.passes.fuse_qkv import FuseQKV
 
@@ -101,13 +101,14 @@ def test_graphs(fast: Any) -> None:
 def test_report_as_data_and_as_text(fast: Any) -> None:
     report = fast.fxopt.report
     data = json.loads(json.dumps(report.to_dict()))
-    rows = {row["name"]: row for row in data["passes"]}
-    assert list(rows) == [kind.name for kind in PASSES]
+    rows = {row["name"]: row for row in data["stages"]}
+    assert [name for name in rows if rows[name]["stage"] in ("symbolic", "decode")] == [kind.name for kind in PASSES]
+    assert all(row["step"]["launches"] > 0 for row in rows.values())
     assert (rows["static_kv"]["expected"], rows["static_kv"]["matched"]) == (4, 4)
     assert (rows["fuse_qkv"]["expected"], rows["fuse_qkv"]["matched"]) == (2, 2)
     refused = rows["matvec"]["refused"]
     assert refused
-    assert set(refused[0]) == {"node", "source", "reason"}
+    assert set(refused[0]) == {"node", "source", "layer", "reason"}
     assert "eager" in refused[0]["reason"]
     text = str(report)
     assert all(kind.name in text for kind in PASSES)
@@ -116,7 +117,7 @@ def test_report_as_data_and_as_text(fast: Any) -> None:
 
 
 def test_source_lines_lead_to_model_code(fast: Any) -> None:
-    sources = {row["source"] for row in fast.fxopt.report.to_dict()["passes"][-1]["refused"]}
+    sources = {row["source"] for row in fast.fxopt.report.to_dict()["stages"][-1]["refused"]}
     assert all(source.startswith("modeling_qwen2.py:") for source in sources), sources
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fxopt.errors import InvalidRequestError
+
 VOCABULARY = 128
 POSITIONS = 256
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -88,9 +90,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A tiny random model of one family, the same weights every time."""
-    torch.manual_seed(0)
+    if family not in FAMILIES:
+        raise InvalidRequestError(f"there is no tiny {family!r}; there are {', '.join(FAMILIES)}")
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **overrides})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Spread out, so that the greedy token is not decided by the last bit.

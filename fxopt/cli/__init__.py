@@ -1,0 +1,5 @@
+"""The command line: ``fxopt demo``, ``generate``, ``explain``, ``verify``, ``bisect``, ``passes``."""
+
+from fxopt.cli.entry import main
+
+__all__ = ["main"]

@@ -1,0 +1,56 @@
+"""What applying one pass came to: the counts, every place by name, and what it did to a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fxopt.listing import Listing
+from fxopt.step_cost import StepCost
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One place in a graph: where it is in the model, and what was said about it."""
+
+    node: str
+    source: str  # modeling_llama.py:284
+    layer: int | None
+    reason: str = ""  # empty for a place that was rewritten
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with the stock model: the worst error seen and what was allowed."""
+
+    what: str
+    error: float
+    allowed: float
+    where: str = ""  # which of the compared numbers was nearest to its limit
+    seconds: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """A row of the report."""
+
+    name: str
+    stage: str = "symbolic"
+    summary: str = ""
+    expected: int | None = None
+    matched: int = 0
+    sites: list[Spot] = field(default_factory=list)
+    refused: list[Spot] = field(default_factory=list)
+    near: list[Spot] = field(default_factory=list)  # what looked like a site up to a point
+    nodes_before: int = 0
+    nodes_after: int = 0
+    ops: dict[str, int] = field(default_factory=dict)  # operator -> how many more (or less) of it
+    freed_bytes: int = 0
+    seconds: float = 0.0
+    step: StepCost | None = None  # what one decode step costs after the pass
+    verified: Check | None = None
+    dropped: str | None = None  # why the whole pass was taken out again
+    listing: Listing = ()  # the graph after the pass
+
+    @property
+    def is_complete(self) -> bool:
+        return self.matched >= (self.expected or 0)

@@ -1,0 +1,149 @@
+"""A report as text for a terminal, 100 columns wide."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+
+from tabulate import tabulate
+
+from fxopt.changes import ranges
+from fxopt.outcome import Outcome, Spot
+from fxopt.report_data import ReportData
+from fxopt.step_cost import StepCost
+
+WIDTH = 100  # columns
+
+
+def as_text(report: ReportData) -> str:
+    parts = [f"{report.model}, max_len {report.max_len}, backend {report.backend}", _passes(report)]
+    steps = [(stage.name, stage.step) for stage in report.stages if stage.step is not None and stage.dropped is None]
+    if steps:
+        parts.append(f"One decode step, batch {report.batch}, {report.context} rows of the cache filled (bytes; K = 1024):")
+        parts.append(_steps(steps))
+    left = [line for stage in report.passes for line in _left_alone(stage)]
+    if left:
+        parts.append("\n".join(["Left alone:", *left]))
+    closing = "\n".join(_closing(report))
+    return "\n\n".join([*parts, closing]) if closing else "\n\n".join(parts)
+
+
+def _passes(report: ReportData) -> str:
+    headers = ["pass", "expected", "matched", "left alone", "nodes", "verified", "seconds"]
+    rows = [
+        [
+            stage.name,
+            "" if stage.expected is None else stage.expected,
+            "dropped" if stage.dropped else stage.matched,
+            len(_told(stage)) or "",
+            f"{stage.nodes_before} → {stage.nodes_after}",
+            "" if stage.verified is None else f"{stage.verified.error:.0e} of {stage.verified.allowed:.0e}",
+            f"{stage.seconds:.2f}",
+        ]
+        for stage in report.passes
+    ]
+    if not any(stage.verified for stage in report.passes):
+        headers.remove("verified")
+        rows = [[*row[:5], row[6]] for row in rows]
+    return tabulate(
+        rows,
+        headers=headers,
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=("left", *["right"] * (len(headers) - 1)),
+    )
+
+
+def _steps(steps: list[tuple[str, StepCost]]) -> str:
+    headers = ["after", "kernels", "weights", "KV read", "KV write", "copied", "moved", "FLOPs", "peak"]
+    rows = [
+        [
+            name,
+            step.launches,
+            *map(
+                size,
+                (step.weight_bytes, step.kv_read_bytes, step.kv_written_bytes, step.copied_bytes, step.moved_bytes),
+            ),
+            count(step.flops),
+            size(step.peak_bytes),
+        ]
+        for name, step in steps
+    ]
+    return tabulate(
+        rows,
+        headers=headers,
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=("left", *["right"] * (len(headers) - 1)),
+    )
+
+
+def size(number: int) -> str:
+    """Bytes with the unit that leaves one to three digits in front."""
+    return _scaled(number, 1024, ("", "K", "M", "G", "T"))
+
+
+def count(number: int) -> str:
+    return _scaled(number, 1000, ("", "k", "M", "G", "T"))
+
+
+def _scaled(number: float, base: int, units: tuple[str, ...]) -> str:
+    if number == 0:
+        return "0"
+    power = 0
+    while number >= base - 0.5 and power < len(units) - 1:
+        number, power = number / base, power + 1
+    digits = f"{number:.0f}" if number >= 99.5 or power == 0 else f"{number:.1f}"
+    return f"{digits}{units[power]}"
+
+
+def _closing(report: ReportData) -> Iterator[str]:
+    lines: list[str] = []
+    for check in report.checks:
+        took = f", {check.seconds:.1f} s" if check.seconds else ""
+        where = f" at {check.where}" if check.where else ""
+        lines.append(f"verified {check.what}: error {check.error:.1e} of {check.allowed:.1e} allowed{where}{took}")
+    for name, proof in report.proofs.items():
+        verdict = "no cache-sized copy" if proof.holds else "COPIES A CACHE: " + "; ".join(proof.copies)
+        lines.append(f"in place, {name}: {proof.writes} cache writes, {verdict}")
+    if report.launches:
+        counts = ", ".join(f"{name} {number}" for name, number in report.launches.items())
+        lines.append(f"kernels in the compiled code: {counts}")
+    if report.packed_bytes:
+        lines.append(f"packed weights: {size(report.packed_bytes)}B re-seated, no second copy")
+    if report.seconds:
+        lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
+    for line in lines:
+        yield from textwrap.wrap(line, WIDTH, subsequent_indent="    ")
+
+
+def _told(stage: Outcome) -> list[Spot]:
+    """What was refused, and what nearly matched if anything is missing."""
+    return stage.refused + ([] if stage.is_complete else stage.near)
+
+
+def _left_alone(stage: Outcome) -> Iterator[str]:
+    """Equal reasons once, with the layers; a dropped pass and one that found nothing say so."""
+    lines = []
+    if stage.dropped:
+        lines.append(f"  {stage.name}: dropped, {stage.dropped}")
+    elif not stage.is_complete:
+        why = "" if _told(stage) else "; nothing like it was found"
+        lines.append(f"  {stage.name}: matched {stage.matched} of {stage.expected}{why}")
+    for alike in _by_reason(_told(stage)):
+        first = alike[0]
+        layers = [spot.layer for spot in alike if spot.layer is not None]
+        where = f"layers {ranges(layers)}" if len(layers) > 1 else f"layer {layers[0]}" if layers else "no layer"
+        more = f" ({len(alike)} alike)" if len(alike) > 1 else ""
+        lines.append(f"  {stage.name}, {where}, {first.source}{more}: {first.reason}")
+    for line in lines:
+        yield from textwrap.wrap(line, WIDTH, subsequent_indent="      ")
+
+
+def _by_reason(spots: list[Spot]) -> list[list[Spot]]:
+    """Places with the same reason but for the numbers that tell one layer from the next."""
+    groups: dict[str, list[Spot]] = {}
+    for spot in spots:
+        groups.setdefault(re.sub(r"_?\d+", "", spot.reason), []).append(spot)
+    return list(groups.values())

@@ -1,0 +1,162 @@
+"""What a model is asked when a rewritten graph is compared with it, and what the stock model answers.
+
+Mistakes hide where lengths change: at the border of a chunk or of a window of the cache, past the
+sliding window of the model's own attention, in the last rows before ``max_len``, and in padding.
+Far rows are reached without feeding everything before them: the cache of the scenario is filled
+with rows that the stock model computed for a short prompt, in random order, which either side must
+attend to alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from fxopt.program import WINDOW
+from fxopt.wide import WIDER, wide
+
+Rows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # keys and values of every layer, [B, H, T, D]
+
+DECODE_STEPS = 4
+LATER_PROMPT = 5  # tokens fed at once onto a cache that is filled already
+PROMPT = WINDOW - 2  # single tokens cross the border of the first window
+MOST_CACHE_BYTES = 2**31  # of a scenario that starts far into the cache
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Tokens to feed, from row ``start`` of the cache on."""
+
+    name: str
+    tokens: Tensor  # [B, T]
+    mask: Tensor  # [B, start + T]
+    feeds: tuple[tuple[int, int], ...]  # which of the tokens are fed together
+    start: int = 0
+    past: Rows = ((), ())
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T]"""
+        return (self.mask.cumsum(-1) - 1).clamp(min=0)[:, self.start :]
+
+    @property
+    def rows(self) -> int:
+        return self.start + self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Logits of the last token after each feed, and the rows that were added to the cache."""
+
+    logits: tuple[Tensor, ...]  # [B, V]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One scenario with what the stock model says, and what it says in the next wider dtype."""
+
+    scenario: Scenario
+    stock: Answer
+    truth: Answer | None  # None where nothing is wider
+
+
+@torch.no_grad()
+def answered(model: PreTrainedModel, *, batch: int, max_len: int) -> Iterator[Answered]:
+    """Every scenario that fits into ``max_len``, answered by the stock model."""
+    first = _padded_prompt(model, batch, max_len)
+    stock = _ask(model, first)
+    yield Answered(first, stock, _truth(model, first, stock))
+    for name, start in _far_starts(model, max_len, first.rows):
+        if start * sum(rows[0, :, 0].numel() for rows in (*stock.keys, *stock.values)) * batch * 4 > MOST_CACHE_BYTES:
+            continue
+        scenario = _far(first, stock, name, start, max_len)
+        answer = _ask(model, scenario)
+        yield Answered(scenario, answer, _truth(model, scenario, answer))
+
+
+def _padded_prompt(model: PreTrainedModel, batch: int, max_len: int) -> Scenario:
+    """A prompt longer than the chunks of a check, its rows padded on the left by ever more."""
+    steps = min(DECODE_STEPS, max_len - 1)
+    prompt = max(1, min(PROMPT, max_len - steps))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (batch, prompt + steps), generator=generator)
+    mask = torch.ones_like(tokens)
+    for row in range(batch):
+        mask[row, : row * prompt // (batch + 1)] = 0
+    feeds = ((0, prompt), *((i, i + 1) for i in range(prompt, prompt + steps)))
+    return Scenario("a padded prompt", tokens.to(model.device), mask.to(model.device), feeds)
+
+
+def _far_starts(model: PreTrainedModel, max_len: int, covered: int) -> list[tuple[str, int]]:
+    """Rows of the cache to go on from, with what is special about each."""
+    length = DECODE_STEPS + LATER_PROMPT
+    windows = [w for w in _sliding_windows(model) if covered < w + 2 and w - 2 + length <= max_len]
+    starts = [(f"past the sliding window of {window}", window - 2) for window in windows]
+    if max_len - length >= covered:
+        starts.append((f"up to token {max_len}", max_len - length))
+    return starts
+
+
+def _sliding_windows(model: PreTrainedModel) -> list[int]:
+    """How far back the layers of a model look, as far as its config says."""
+    config = model.config.get_text_config()
+    found = {getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")}
+    return sorted(window for window in found if isinstance(window, int) and window > 2)
+
+
+def _far(first: Scenario, stock: Answer, name: str, start: int, max_len: int) -> Scenario:
+    """Go on from ``start``: single tokens, then several at once, over rows picked from the prompt's."""
+    batch, seen = first.tokens.shape[0], first.tokens.shape[1]
+    length = min(DECODE_STEPS + LATER_PROMPT, max_len - start)
+    tokens = first.tokens[:, -length:]
+    pad = int((first.mask == 0).sum(-1).max())
+    picked = torch.randint(pad, seen, (start,), generator=torch.Generator().manual_seed(1)).to(tokens.device)
+    mask = torch.ones(batch, start + length, dtype=torch.long, device=tokens.device)
+    mask[:, :seen] = first.mask[:, : mask.shape[1]]
+    past = tuple(tuple(rows.index_select(2, picked) for rows in kind) for kind in (stock.keys, stock.values))
+    singles = ((i, i + 1) for i in range(DECODE_STEPS))
+    return Scenario(name, tokens, mask, (*singles, (DECODE_STEPS, length)), start, (past[0], past[1]))
+
+
+def _truth(model: PreTrainedModel, scenario: Scenario, stock: Answer) -> Answer | None:
+    dtype = WIDER.get(stock.keys[0].dtype)
+    return None if dtype is None else _ask(model, scenario, wide(dtype))
+
+
+def _ask(
+    model: PreTrainedModel, scenario: Scenario, mode: contextlib.AbstractContextManager[Any] | None = None
+) -> Answer:
+    """Feed a scenario to the stock model, under ``mode`` if one is given."""
+    cache = DynamicCache()
+    for key, value in zip(*scenario.past, strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        cache.layers.append(layer)
+    known = set(inspect.signature(model.forward).parameters)
+    logits = []
+    with mode or contextlib.nullcontext():
+        for start, end in scenario.feeds:
+            inputs = {
+                "input_ids": scenario.tokens[:, start:end],
+                "attention_mask": scenario.mask[:, : scenario.start + end],
+                "position_ids": scenario.positions[:, start:end],
+                "logits_to_keep": 1,
+            }
+            inputs = {name: value for name, value in inputs.items() if name in known}
+            logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1])
+    new = slice(scenario.start, None)
+    keys = tuple(layer.keys[:, :, new] for layer in cache.layers)
+    values = tuple(layer.values[:, :, new] for layer in cache.layers)
+    return Answer(tuple(logits), keys, values)

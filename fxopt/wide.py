@@ -1,0 +1,76 @@
+"""Any model in a wider dtype, without a wider copy of its weights.
+
+What a rewritten graph may differ by depends on how far the stock model itself is from the truth. The
+truth is approximated by running the stock model's own code with every operator computing in the
+next wider dtype: weights are widened one at a time, as they are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+#: What stands in for the truth about a dtype. Float64 has nothing wider.
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
+
+@contextlib.contextmanager
+def wide(dtype: torch.dtype) -> Iterator[None]:
+    """Every operator called meanwhile computes in ``dtype`` wherever it would in a narrower float."""
+    with _AsWideAsItCan(), _Wide(dtype):
+        yield
+
+
+class _Wide(TorchDispatchMode):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = dtype
+        self._narrow = {kind for kind in (*WIDER, torch.float64) if kind.itemsize < dtype.itemsize}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        args, kwargs = pytree.tree_map(lambda value: self._widened(value, written), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _widened(self, value: Any, written: Sequence[Any]) -> Any:
+        if isinstance(value, torch.dtype):
+            return self.dtype if value in self._narrow else value
+        if isinstance(value, Tensor) and value.dtype in self._narrow and not any(value is w for w in written):
+            return value.to(self.dtype)
+        return value
+
+
+class _AsWideAsItCan(TorchFunctionMode):
+    """A function without a kernel for float64 (ATen's grouped matmul) computes in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):
+            with _disable_current_modes():
+                args, kwargs = pytree.tree_map(_narrowed, (args, kwargs))
+                return func(*args, **kwargs)
+
+
+def _narrowed(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value is torch.float64 else value
+    return value.float() if isinstance(value, Tensor) and value.dtype is torch.float64 else value
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an operator writes into: those must stay the tensors that they are."""
+    found = []
+    for index, parameter in enumerate(func._schema.arguments):
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            found.append(args[index] if index < len(args) else kwargs.get(parameter.name))
+    return found
