@@ -1,4 +1,4 @@
-"""Which kernels Inductor makes one launch of.
+"""Which kernels Inductor makes one launch of on a CPU.
 
 What it has no library call for it writes as loops, and it joins loops that follow each other. Before
 that it moves each op right before the first that needs it, and what can be computed element by element
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ from fxopt.launches import EXPERT_PRODUCTS, FLOPS_PER_ELEMENT, Launch, op_name
 
 #: Inductor sorts on a CPU by calling the library, without listing that among its fallbacks.
 _SORTS = frozenset({"sort", "topk"})
+#: On a CPU Inductor begins a new kernel when one has more arguments.
+_MOST_ARGUMENTS = 500
+#: What lies in memory between the loops of one op: a softmax has its maximum and its sum.
+_INNER_RESULTS = {"_softmax": 2, "_safe_softmax": 2, "_log_softmax": 2}
 _COMPUTED_AS_A_WHOLE = frozenset({"cat", *FLOPS_PER_ELEMENT})
 
 
@@ -41,13 +46,33 @@ def apart(kernels: list[Kernel]) -> list[Group]:
 def joined(kernels: list[Kernel]) -> list[Group]:
     """Loops that come one behind the other as one launch, in the order that Inductor chooses."""
     groups: list[Group] = []
+    arguments: set[object] = set()
+    inlined: set[Memory] = set()
     for kernel in _ordered(kernels):
         fused = is_loop(kernel.launch)
-        if fused and groups and groups[-1].fused:
-            groups[-1].kernels.append(kernel)
-        else:
-            groups.append(Group(len(groups), [kernel], fused))
+        if not (fused and groups and groups[-1].fused) or _is_full(groups[-1], arguments):
+            groups.append(Group(len(groups), [], fused))
+            arguments.clear()
+            inlined.clear()
+        groups[-1].kernels.append(kernel)
+        if _waits(kernel.launch):
+            inlined.update(memory for memory, _ in kernel.writes())
+        arguments.update(_arguments(kernel, inlined))
     return groups
+
+
+def _is_full(group: Group, arguments: set[object]) -> bool:
+    """Never between what is computed element by element and the loop that reads it."""
+    return len(arguments) > _MOST_ARGUMENTS and not _waits(group.kernels[-1].launch)
+
+
+def _arguments(kernel: Kernel, inlined: set[Memory]) -> Iterator[object]:
+    """What a kernel adds to the arguments of the loops it is part of; their results in between are some too."""
+    yield from (memory for memory, _, _ in kernel.reads() if memory not in inlined)
+    for memory, _ in kernel.writes():
+        if memory not in inlined:
+            yield memory
+            yield from ((memory, inner) for inner in range(_INNER_RESULTS.get(op_name(kernel.launch.op), 0)))
 
 
 def _ordered(kernels: list[Kernel]) -> list[Kernel]:

@@ -34,9 +34,10 @@ from fxopt.specialise import Role
 
 FACTOR = 3.0
 FLOOR = 2.0  # roundings of the dtype
-#: How far from the truth a stock model is by rounding alone, in roundings. One that is further away
-#: takes decisions that rounding turns over (which expert is chosen): then it is itself the truth.
-PLAUSIBLE = 64.0
+TOKEN_FACTOR = 2 * 5 * FACTOR  # two logits change places when both are off; five deviations are never seen
+#: How far from the truth a stock model is by rounding alone. One that is further away takes decisions
+#: that rounding turns over (which expert is chosen): then it is itself the truth.
+PLAUSIBLE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 #: Where nothing is wider than the dtype. Models compute rotary tables in float32 also in float64.
 WITHOUT_TRUTH = 1e3 * torch.finfo(torch.float32).eps
 
@@ -202,36 +203,38 @@ def _differences(case: Answered, found: Answer) -> Iterator[_Difference]:
     for layer in range(len(stock.keys)):
         for kind, answers in (("K", "keys"), ("V", "values")):
             ours, theirs, true = (getattr(a, answers)[layer].transpose(1, 2)[real] for a in (found, stock, truth))
-            yield _difference(f"{kind} of layer {layer}, {scenario.name}", ours, theirs, true)
+            noise = relative_error(theirs, true)
+            yield _difference(f"{kind} of layer {layer}, {scenario.name}", noise, ours, theirs, true)
+    # One row of logits may be near the truth by luck; the worst of all says how far they usually are.
+    noise = max(relative_error(*pair) for pair in zip(stock.logits, truth.logits, strict=True))
     labels = [f"logits after token {scenario.start + end}" for _, end in scenario.feeds]
     for label, ours, theirs, true in zip(labels, found.logits, stock.logits, truth.logits, strict=True):
-        yield _difference(f"{label}, {scenario.name}", ours, theirs, true)
-        yield _token_difference(f"{label}, {scenario.name}", ours, theirs, true)
+        yield _difference(f"{label}, {scenario.name}", noise, ours, theirs, true)
+        yield _token_difference(f"{label}, {scenario.name}", noise, ours, theirs, true)
 
 
-def _difference(label: str, ours: Tensor, stock: Tensor, truth: Tensor) -> _Difference:
-    rounding = torch.finfo(stock.dtype).eps
-    own = relative_error(stock, truth)
+def _difference(label: str, noise: float, ours: Tensor, stock: Tensor, truth: Tensor) -> _Difference:
+    """``noise`` is how far the stock model is from the truth in numbers of this kind."""
     if truth.dtype == stock.dtype:
         error, allowed = relative_error(ours, stock), WITHOUT_TRUTH
-    elif own > PLAUSIBLE * rounding:
-        error, allowed = relative_error(ours, stock), PLAUSIBLE * rounding
+    elif noise > PLAUSIBLE[stock.dtype]:
+        error, allowed = relative_error(ours, stock), PLAUSIBLE[stock.dtype]
     else:
-        error, allowed = relative_error(ours, truth), max(FACTOR * own, FLOOR * rounding)
+        error, allowed = relative_error(ours, truth), max(FACTOR * noise, FLOOR * torch.finfo(stock.dtype).eps)
     sentence = f"{label}, differ from the stock model's by {error:.1e} of their length, and {allowed:.1e} is allowed"
     return _Difference(label, error, allowed, sentence)
 
 
-def _token_difference(label: str, ours: Tensor, stock: Tensor, truth: Tensor) -> _Difference:
+def _token_difference(label: str, noise: float, ours: Tensor, stock: Tensor, truth: Tensor) -> _Difference:
     """The greedy token may differ only where the truth has hardly a preference."""
     chosen, wanted = ours.argmax(-1, keepdim=True), stock.argmax(-1, keepdim=True)
     margin = (truth.gather(-1, wanted) - truth.gather(-1, chosen)).abs().double().nan_to_num()
-    rounding = torch.finfo(stock.dtype).eps * truth.nan_to_num().abs().amax(-1, keepdim=True).double()
-    noise = (stock.double() - truth.double()).abs().nan_to_num().amax(-1, keepdim=True)
-    allowed = 2 * torch.maximum(FACTOR * noise, FLOOR * rounding)
-    row = int((margin / allowed.clamp(min=1e-30)).argmax())
+    length = truth.double().nan_to_num().norm(dim=-1, keepdim=True)
+    spread = length / truth.shape[-1] ** 0.5  # of one logit, when the error is spread over all of them
+    allowed = (TOKEN_FACTOR * max(noise, torch.finfo(stock.dtype).eps) * spread).clamp(min=1e-30)
+    row = int((margin / allowed).argmax())
     sentence = f"{label}, lead to token {int(chosen[row])} where the stock model says {int(wanted[row])}"
-    return _Difference(f"greedy token, {label}", float(margin[row]), float(allowed[row].clamp(min=1e-30)), sentence)
+    return _Difference(f"greedy token, {label}", float(margin[row]), float(allowed[row]), sentence)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

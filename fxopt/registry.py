@@ -20,6 +20,7 @@ from fxopt.passes import PASSES
 from fxopt.rewrite import Pass, Stage
 
 GROUP = "fxopt.passes"
+TAKEN = ("capture", "specialise")  # rows of the report that are no passes
 
 Kind = type[Pass[Any]]
 KindT = TypeVar("KindT", bound=Kind)
@@ -130,6 +131,8 @@ def _why_not(kind: Any) -> str | None:
     name, summary = getattr(kind, "name", None), getattr(kind, "summary", None)
     if not isinstance(name, str) or not name.isidentifier():
         return f"{_path(kind)} has name={name!r}, which is no identifier such as 'fuse_qkv'"
+    if name in TAKEN:
+        return f"{_path(kind)} has name={name!r}, which stands for something else in the report"
     if not isinstance(summary, str) or not summary:
         return f"{_path(kind)} has summary={summary!r}, where a line for the report is needed"
     if not isinstance(kind.stage, Stage):
@@ -168,12 +171,15 @@ def _installed_kinds() -> dict[str, Kind]:
     with _loading:
         if _installed is None:
             _installed = {}  # for a package that asks for the catalogue while it is being loaded
-            _installed = _fitting(sorted(entry_points(group=GROUP), key=lambda entry: (_origin(entry), entry.name)))
+            entries = sorted(entry_points(group=GROUP), key=lambda entry: (_origin(entry), entry.name))
+            _installed, left = _fitting(entries)
+            for entry, complaint in left:
+                _warn(entry, complaint)
         return _installed
 
 
-def _fitting(entries: Iterable[EntryPoint]) -> dict[str, Kind]:
-    """The classes that entry points lead to; one that does not fit is told in a warning and left out."""
+def _fitting(entries: Iterable[EntryPoint]) -> tuple[dict[str, Kind], list[tuple[EntryPoint, str]]]:
+    """The classes that entry points lead to, and what is against those that cannot be used."""
     found: dict[str, Kind] = {}
     waiting = list(entries)
     while True:
@@ -186,11 +192,8 @@ def _fitting(entries: Iterable[EntryPoint]) -> dict[str, Kind]:
             else:
                 found[kind.name] = kind
         if len(left) == len(waiting):
-            break
+            return found, left
         waiting = [entry for entry, _ in left]  # one may go behind another that has been found since
-    for entry, complaint in left:
-        _warn(entry, complaint)
-    return found
 
 
 def _loaded(entry: EntryPoint, found: dict[str, Kind]) -> Kind:
@@ -214,7 +217,7 @@ def _warn(entry: EntryPoint, complaint: str) -> None:
     warnings.warn(
         f"the package {_origin(entry)} brings a pass, {entry.value}, that cannot be used: {complaint}; "
         "fxopt goes on without it",
-        stacklevel=5,
+        stacklevel=4,
     )
 
 

@@ -3,8 +3,8 @@
 Mistakes hide where lengths change: at the border of a chunk or of a window of the cache, past the
 sliding window of the model's own attention, in the last rows before ``max_len``, and in padding.
 Far rows are reached without feeding everything before them: the cache of the scenario is filled
-with rows that the stock model computed for a short prompt, in random order, which either side must
-attend to alike.
+with rows that the stock model computed for a short prompt, then more of them in random order, which
+either side must attend to alike.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ Rows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # keys and values of every
 DECODE_STEPS = 4
 LATER_PROMPT = 5  # tokens fed at once onto a cache that is filled already
 PROMPT = WINDOW - 2  # single tokens cross the border of the first window
+SINKS = 8  # tokens at the beginning of a text that may be special
 MOST_CACHE_BYTES = 2**31  # of a scenario that starts far into the cache
 
 
@@ -116,17 +117,28 @@ def _sliding_windows(model: PreTrainedModel) -> list[int]:
 
 
 def _far(first: Scenario, stock: Answer, name: str, start: int, max_len: int) -> Scenario:
-    """Go on from ``start``: single tokens, then several at once, over rows picked from the prompt's."""
+    """Go on from ``start``: single tokens, then several at once, behind the prompt's rows and more like them."""
     batch, seen = first.tokens.shape[0], first.tokens.shape[1]
     length = min(DECODE_STEPS + LATER_PROMPT, max_len - start)
     tokens = first.tokens[:, -length:]
-    pad = int((first.mask == 0).sum(-1).max())
-    picked = torch.randint(pad, seen, (start,), generator=torch.Generator().manual_seed(1)).to(tokens.device)
+    picked = _picked(first, start).to(tokens.device)
     mask = torch.ones(batch, start + length, dtype=torch.long, device=tokens.device)
     mask[:, :seen] = first.mask[:, : mask.shape[1]]
     past = tuple(tuple(rows.index_select(2, picked) for rows in kind) for kind in (stock.keys, stock.values))
     singles = ((i, i + 1) for i in range(DECODE_STEPS))
     return Scenario(name, tokens, mask, (*singles, (DECODE_STEPS, length)), start, (past[0], past[1]))
+
+
+def _picked(first: Scenario, start: int) -> Tensor:
+    """Which rows of the prompt a cache of ``start`` rows is made of.
+
+    First all of them as they are: models lean on the first tokens of a text (attention sinks), and a
+    cache without, or with several, makes them so unsure that every rounding shows.
+    """
+    seen = first.tokens.shape[1]
+    ordinary = min(int((first.mask == 0).sum(-1).max()) + SINKS, seen - 1)
+    more = torch.randint(ordinary, seen, (max(0, start - seen),), generator=torch.Generator().manual_seed(1))
+    return torch.cat([torch.arange(seen), more])[:start]
 
 
 def _truth(model: PreTrainedModel, scenario: Scenario, stock: Answer) -> Answer | None:

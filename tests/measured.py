@@ -179,7 +179,7 @@ def _operands(event: Any) -> list[int]:
 
 def _bytes_read(event: Any) -> int:
     operands = _operands(event)
-    if _name(event) == "grouped_mm_fallback":  # one product for each expert that has rows
+    if _name(event) in ("_grouped_mm", "grouped_mm_fallback"):  # one product for each expert that has rows
         return sum(_bytes_read(inner) for inner in _all(event.children) if inner.name == "aten::mm")
     if _name(event) in LOOKUPS:
         operands[0] = _kept(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -80,7 +81,10 @@ def _names() -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "generate", "passes"]),
+        (["--help"], ["demo", "generate", "explain", "verify", "bisect", "passes"]),
+        (["explain", "--help"], ["MODEL", "--diff", "--save-report", "--no-fuse-qkv"]),
+        (["verify", "--help"], ["--prompts", "--batch-size", "exit code 1"]),
+        (["bisect", "--help"], ["--prompt", "--output"]),
         (["passes", "--help"], ["usage: fxopt passes"]),
         (["demo", "--help"], ["--prompt", "--max-len"]),
         (["generate", "--help"], ["MODEL", "--report", "--backend", "--no-fuse-qkv", "--no-matvec", "--passes"]),
@@ -224,3 +228,85 @@ def test_a_process_of_its_own_is_quiet(folder: Path, answer: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{answer}\n"
     assert done.stderr == ""
+
+
+def test_explain(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report of a folder's config; as JSON; one pass as a diff; as a page."""
+    page = tmp_path / "report.html"
+    assert main(["explain", str(folder), "--max-len", "64", "--save-report", str(page)]) == 0
+    printed = capsys.readouterr()
+    assert "One decode step, batch 1, 32 rows of the cache filled" in printed.out
+    assert all(name in printed.out for name in _names())
+    assert page.read_text().startswith("<!doctype html>")
+    assert main(["explain", str(folder), "--max-len", "64", "--json", "--batch", "4", "--no-rotary"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["schema"], data["batch"], data["model"]) == (2, 4, "LlamaForCausalLM")
+    assert "rotary" not in {stage["name"] for stage in data["stages"]}
+    assert main(["explain", str(folder), "--max-len", "64", "--diff", "static_kv"]) == 0
+    diff = capsys.readouterr().out
+    assert "- cat" in diff
+    assert "+ index_copy__default = index_copy_(key_0, 2, cache_position, " in diff
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--diff", "fuze_qkv"], ["no pass named 'fuze_qkv'", "did you mean fuse_qkv?"]),
+        (["--save-report", "report.pdf"], ["'.pdf'", ".html, .json, .txt"]),
+        (["--max-len", "1000"], ["max_len=1000", "256 positions"]),
+    ],
+    ids=" ".join,
+)
+def test_explanations_that_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]
+) -> None:
+    assert main(["explain", str(folder), "--max-len", "64", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fxopt: ")
+    assert all(word in error for word in words), error
+
+
+def test_verify(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w5 w17 w40\n\nw9 w8\n")
+    arguments = ["verify", str(folder), "--prompts", str(prompts), "--prompt", "w20", *OPTIONS, "--verify", "each"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "w20" in printed.out
+    assert "w9 w8" in printed.out
+    assert "the same tokens" in printed.out
+    assert main([*arguments, "--json", "--batch-size", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["same"] is True
+
+
+def test_verify_and_bisect_tell_a_difference(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1 for other tokens, the pass that makes them, and a script that shows it."""
+    from fxopt.passes.rotary import Rotary, Rotation
+
+    rewrite = Rotary.rewrite
+
+    def wrong(self: Rotary, program: Any, site: Rotation) -> None:
+        with program.graph.inserting_before(site.node):
+            negative = program.graph.call_function(torch.ops.aten.neg.default, (site.sin,))
+        rewrite(self, program, Rotation(site.node, site.x, negative, site.half))
+
+    monkeypatch.setattr(Rotary, "rewrite", wrong)
+    options = ["--prompt", "w5 w17 w40 w7 w8", *OPTIONS]
+    assert main(["verify", str(folder), *options, "--verify", "off"]) == 1
+    assert "DIFFERENT TOKENS" in capsys.readouterr().out
+    script = tmp_path / "fault.py"
+    assert main(["bisect", str(folder), *options, "--output", str(script)]) == 1
+    printed = capsys.readouterr().out
+    assert "  rotary" in printed
+    assert "fxopt.optimize(model, MAX_LEN" in script.read_text()
+    monkeypatch.setattr(Rotary, "rewrite", rewrite)
+    assert main(["bisect", str(folder), *options]) == 0
+    assert "nothing to find" in capsys.readouterr().out
+
+
+def test_no_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(folder), *OPTIONS]) == 2
+    assert_one_sentence(capsys, "there is no prompt", "--prompts FILE")

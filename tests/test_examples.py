@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 #: What to run each example with, to be quick, and what its output must hold.
 RUNS = {
     "quickstart.py": (["--tiny"], "static_kv"),
-    "custom_pass.py": ([], "drop_times_one"),
+    "write_a_pass.py": ([], "wrong_norm was dropped"),
     "peak_memory.py": (["--layers", "2", "--backend", "eager"], "peak / (weights + KV buffers)"),
     "decode_speed.py": (
         ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],

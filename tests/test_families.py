@@ -60,7 +60,7 @@ def left_padded(batch: int, length: int) -> tuple[Tensor, Tensor]:
 def test_same_tokens_and_logits(family: str) -> None:
     """Shorter than a chunk, a chunk, longer; to exactly max_len; left-padded; nothing fell back to eager."""
     stock = tiny(family)
-    fast = fxopt.optimize(stock, max_len=MAX_LEN, backend="eager", chunk=CHUNK, strict=True)
+    fast = fxopt.optimize(stock, max_len=MAX_LEN, backend="eager", chunk=CHUNK, strict=True, verify="each")
     for length in (1, 5, CHUNK, CHUNK + 1, LONGEST):
         assert_same(stock, fast, prompt(1, length))
     assert_same(stock, fast, *left_padded(3, 20))

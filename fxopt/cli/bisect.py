@@ -8,9 +8,11 @@ from fxopt.cli.options import Commands, add_model, add_prompts, add_running, loa
 from fxopt.culprit import NothingToFindError, bisect
 from fxopt.token_check import SameTokens
 
+HELP = "find the passes, and their places, that change the tokens"
+
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("bisect", help="find the passes, and their places, that change the tokens")
+    parser = commands.add_parser("bisect", help=HELP, description=HELP)
     add_model(parser)
     add_prompts(parser)
     parser.add_argument("--output", metavar="FILE", help="write a script that shows the fault by itself")

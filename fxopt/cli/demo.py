@@ -13,9 +13,11 @@ from fxopt.progress import Progress
 
 PROMPT = "What is a compiler, in one paragraph?"
 
+HELP = "optimise SmolLM2-135M and generate with it beside the stock model"
+
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("demo", help="optimise SmolLM2-135M and generate with it beside the stock model")
+    parser = commands.add_parser("demo", help=HELP, description=HELP)
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--max-new-tokens", type=positive, default=100)
     add_optimising(parser)

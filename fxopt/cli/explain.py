@@ -10,9 +10,11 @@ from fxopt.cli.options import DTYPES, Commands, add_passes, positive, save, sele
 from fxopt.lower import BACKENDS
 from fxopt.preview import explain
 
+HELP = "what would fxopt do to a model? No weights, nothing is compiled"
+
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("explain", help="what would fxopt do to a model? No weights, nothing is compiled")
+    parser = commands.add_parser("explain", help=HELP, description=HELP)
     parser.add_argument("model", metavar="MODEL", help="a folder, a config.json, or a name for from_pretrained")
     parser.add_argument("--max-len", type=int, help="default: what the model can do, at most 4096")
     parser.add_argument("--dtype", choices=DTYPES, help="default: what the config says")

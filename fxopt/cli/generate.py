@@ -7,9 +7,11 @@ import sys
 
 from fxopt.cli.options import Commands, add_model, add_optimising, add_running, optimised, positive, tokenized
 
+HELP = "optimise a model and generate once"
+
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("generate", help="optimise a model and generate once")
+    parser = commands.add_parser("generate", help=HELP, description=HELP)
     add_model(parser)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=positive, default=100)

@@ -8,9 +8,11 @@ import json
 from fxopt.cli.options import Commands, add_model, add_optimising, add_prompts, add_running, optimised, prompts
 from fxopt.token_check import verify
 
+HELP = "compare the tokens for your prompts; exit code 1 if any differs"
+
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("verify", help="compare the tokens for your prompts; exit code 1 if any differs")
+    parser = commands.add_parser("verify", help=HELP, description=HELP)
     add_model(parser)
     add_prompts(parser)
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")

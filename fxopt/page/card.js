@@ -97,7 +97,7 @@ function cardParts(place) {
               place,
               "uses",
             )
-          : "nothing here: an output, or a write",
+          : "no line: an output, a write, or a size that is told as a letter",
       ),
     ),
   ];

@@ -38,7 +38,7 @@ function drawCharts() {
 function launchChart() {
   const of = ({ step }) => [{ key: "launches", value: step.launches }];
   const step = `one decode step, batch ${report.batch}, ${plural(report.context, "row")} of the cache filled`;
-  return chart("launches", "Launches", el("small", { text: step }), of, amount);
+  return chart("launches", "Kernels launched", el("small", { text: step }), of, amount);
 }
 
 function movedChart() {
@@ -125,7 +125,7 @@ function column(stage, index, of, most, show, title) {
   const track = el("span", { class: "track" });
   for (const { key, value } of parts) {
     const segment = el("span", { class: `segment ${key}` });
-    segment.style.height = `${(100 * value) / most}%`;
+    segment.style.height = `${(95 * value) / most}%`;
     if (value) track.append(segment);
   }
   return el(

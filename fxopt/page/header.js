@@ -22,7 +22,7 @@ function runFacts() {
   const facts = [];
   if (report.checks.length) {
     const worst = Math.max(...report.checks.map(share));
-    const told = Number.isFinite(worst) ? `, error ${Math.round(100 * worst)} % of what is allowed` : "";
+    const told = Number.isFinite(worst) ? `, error ${Math.round(100 * worst)} % of allowed` : "";
     const good = worst <= 1;
     facts.push([
       sign(good ? "verified" : "refuted"),
@@ -40,8 +40,8 @@ function runFacts() {
     ]);
   }
   if (report.launches.length)
-    facts.push([`Compiled launches: ${report.launches.map(([name, number]) => `${name} ${number}`).join(", ")}`]);
-  if (report.packed_bytes) facts.push([`${size(report.packed_bytes)} of weights packed, no second copy`]);
+    facts.push([`Compiled kernels: ${report.launches.map(([name, number]) => `${name} ${number}`).join(", ")}`]);
+  if (report.packed_bytes) facts.push([`${size(report.packed_bytes)} of weights packed`]);
   if (report.seconds.length) facts.push([`${sum(report.seconds.map(([, value]) => value)).toFixed(1)} s in all`]);
   return facts;
 }
@@ -82,7 +82,7 @@ function proofsTable() {
       : "";
     return [name, String(launches.get(name) ?? ""), proof ? String(proof.writes) : "", verdict];
   });
-  return table("Compiled code", ["graph", "launches", "cache writes", "in place"], rows) ?? "";
+  return table("Compiled code", ["graph", "kernels", "cache writes", "in place"], rows) ?? "";
 }
 
 function secondsTable() {

@@ -65,7 +65,8 @@ function percent(from, to) {
   if (!from || from === to) return "";
   const change = (100 * (to - from)) / from;
   if (Math.abs(change) < 0.05) return "";
-  return `${signed(Math.abs(change) < 9.95 ? Number(change.toFixed(1)) : Math.round(change), String)} %`;
+  const isFine = Math.abs(change) < 9.95 || (to > 0 && change < -99); // 422 to 1 is not -100 %
+  return `${signed(isFine ? Number(change.toFixed(1)) : Math.round(change), String)} %`;
 }
 
 /** 0–3, 5 for 0, 1, 2, 3, 5. */

@@ -66,7 +66,7 @@ function verifiedTile({ verified: check, state: kind }) {
 }
 
 const STEP = [
-  ["Launches", "launches", amount],
+  ["Kernels", "launches", amount],
   ["Weights", "weight_bytes", size],
   ["KV read", "kv_read_bytes", size],
   ["KV written", "kv_written_bytes", size],
