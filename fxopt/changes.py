@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import starmap, zip_longest
 
 from fxopt.listing import Line, Listing
 
@@ -71,10 +71,22 @@ def _of(listing: Listing, layer: int | None) -> list[Line]:
 
 
 def _rows(before: list[Line], after: list[Line]) -> Iterator[Row]:
-    matcher = difflib.SequenceMatcher(None, [line.text for line in before], [line.text for line in after], False)
-    for _, old, old_end, new, new_end in matcher.get_opcodes():
-        for left, right in zip_longest(before[old:old_end], after[new:new_end]):
-            yield Row(left, right)
+    """Equal lines face each other; among the others, those that were only changed and kept their name."""
+    for equal, left, right in _blocks(before, after, lambda line: line.text):
+        if equal:
+            yield from map(Row, left, right)
+        else:
+            for _, old, new in _blocks(left, right, lambda line: line.name):
+                yield from starmap(Row, zip_longest(old, new))
+
+
+def _blocks(
+    before: list[Line], after: list[Line], key: Callable[[Line], str]
+) -> Iterator[tuple[bool, list[Line], list[Line]]]:
+    """Stretches that are equal in ``key`` on both sides, and those that are not."""
+    matcher = difflib.SequenceMatcher(None, list(map(key, before)), list(map(key, after)), autojunk=False)
+    for kind, old, old_end, new, new_end in matcher.get_opcodes():
+        yield kind == "equal", before[old:old_end], after[new:new_end]
 
 
 def _pattern(rows: tuple[Row, ...]) -> tuple[tuple[object, ...], tuple[str, ...]]:
@@ -84,7 +96,8 @@ def _pattern(rows: tuple[Row, ...]) -> tuple[tuple[object, ...], tuple[str, ...]
     def numbered(line: Line | None) -> object:
         if line is None:
             return None
-        return line.template, tuple(numbers.setdefault(name, len(numbers)) for name in line.names)
+        names = tuple(numbers.setdefault(name, len(numbers)) for name in line.names)
+        return line.template, line.value, line.source, line.made_by, names
 
     return tuple((numbered(row.before), numbered(row.after)) for row in rows), tuple(numbers)
 

@@ -1,21 +1,20 @@
 """Does a rewritten graph compute what the stock model computes? Logits, cache contents and tokens.
 
-How far a graph may be from the truth is measured, not guessed: the stock model is compared with
-itself in the next wider dtype, and a rewritten graph may be no further away than FACTOR times that,
-or a few roundings where the stock model happens to be exact.
+Whatever can be fed tokens is asked what the stock model was asked (:mod:`fxopt.scenarios`), and the
+answers are compared (:mod:`fxopt.distance`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fxopt.distance import differences
 from fxopt.engine import Engine, Limits
 from fxopt.lower import Lowered, lower
 from fxopt.outcome import Check
@@ -32,15 +31,6 @@ from fxopt.program import (
 from fxopt.scenarios import Answer, Answered, Scenario, answered
 from fxopt.specialise import Role
 
-FACTOR = 3.0
-FLOOR = 2.0  # roundings of the dtype
-TOKEN_FACTOR = 2 * 5 * FACTOR  # two logits change places when both are off; five deviations are never seen
-#: How far from the truth a stock model is by rounding alone. One that is further away takes decisions
-#: that rounding turns over (which expert is chosen): then it is itself the truth.
-PLAUSIBLE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-#: Where nothing is wider than the dtype. Models compute rotary tables in float32 also in float64.
-WITHOUT_TRUTH = 1e3 * torch.finfo(torch.float32).eps
-
 SMALL_CHUNK = 16  # so that a short prompt crosses the borders of chunks
 GRAPH_BATCH = 2  # of the checks of a graph that holds for any batch
 
@@ -53,7 +43,7 @@ class Judge:
     def __init__(self, model: PreTrainedModel, max_len: int) -> None:
         self._model = model
         self._max_len = max_len
-        self._answered: dict[int, list[Answered]] = {}
+        self._answered: dict[tuple[int, int], list[Answered]] = {}
 
     def graph(self, program: Program) -> Verdict:
         """Judge a symbolic graph in eager mode, whether its cache grows already in place or not yet."""
@@ -64,7 +54,8 @@ class Judge:
                 return _Growing(graph, scenario)
             return _Static(_engine(program, {}, graph, scenario), scenario)
 
-        return self._compare(GRAPH_BATCH, fed, "the graphs, in eager mode")
+        # One sequence is enough far into the cache, and takes half of the memory.
+        return self._compare((GRAPH_BATCH, 1), fed, "the graphs, in eager mode")
 
     def decode(self, symbolic: Program, decode: Program, batch: int) -> Verdict:
         """Judge a graph for single tokens beside the symbolic one it was made from, in eager mode."""
@@ -73,23 +64,24 @@ class Judge:
         def fed(scenario: Scenario) -> Fed:
             return _Static(_engine(symbolic, {1: single}, graph, scenario), scenario)
 
-        return self._compare(batch, fed, "the decode graph, in eager mode")
+        return self._compare((batch, batch), fed, "the decode graph, in eager mode")
 
     def engine(self, engine: Engine) -> Verdict:
         """Judge an engine as it will run, at the batch size it was compiled for."""
-        return self._compare(
-            engine.limits.max_batch or 1, lambda scenario: _Static(engine, scenario), "the compiled code"
-        )
+        batch = engine.limits.max_batch or 1
+        return self._compare((batch, batch), lambda scenario: _Static(engine, scenario), "the compiled code")
 
     @torch.no_grad()
-    def _compare(self, batch: int, fed: Feeder, what: str) -> Verdict:
+    def _compare(self, batches: tuple[int, int], fed: Feeder, what: str) -> Verdict:
         started = time.perf_counter()
-        if batch not in self._answered:
-            self._answered[batch] = list(answered(self._model, batch=batch, max_len=self._max_len))
+        if batches not in self._answered:
+            near, far = batches
+            cases = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
+            self._answered[batches] = list(cases)
         found = [
             difference
-            for case in self._answered[batch]
-            for difference in _differences(case, _feed(fed(case.scenario), case.scenario))
+            for case in self._answered[batches]
+            for difference in differences(case, _feed(fed(case.scenario), case.scenario))
         ]
         worst = max(found, key=lambda difference: difference.share)
         check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started)
@@ -142,8 +134,9 @@ class _Static:
     def __init__(self, engine: Engine, scenario: Scenario) -> None:
         self._engine = engine
         self._cache = engine.new_cache(scenario.tokens.shape[0])
-        for buffers, rows in zip((self._cache.buffers.keys, self._cache.buffers.values), scenario.past, strict=True):
-            for buffer, past in zip(buffers, rows, strict=False):
+        for layer in range(len(scenario.past.keys)):
+            buffers = self._cache.buffers.keys[layer], self._cache.buffers.values[layer]
+            for buffer, past in zip(buffers, scenario.past.of(layer), strict=True):
                 buffer[:, :, : scenario.start].copy_(past)
         self._cache.advance(scenario.start)
 
@@ -162,13 +155,14 @@ class _Growing:
 
     def __init__(self, graph: Lowered, scenario: Scenario) -> None:
         facts, batch = graph.program.facts, scenario.tokens.shape[0]
-        shapes = [layer.shapes(batch, 0) for layer in facts.layers]
-        empty = [
-            [torch.zeros(pair[kind], dtype=facts.dtype, device=facts.device) for pair in shapes] for kind in (0, 1)
-        ]
         self._graph = graph
-        self._keys = list(scenario.past[0]) or empty[0]
-        self._values = list(scenario.past[1]) or empty[1]
+        if scenario.start:
+            pairs = [scenario.past.of(layer) for layer in range(len(facts.layers))]
+        else:
+            like: dict[str, Any] = {"dtype": facts.dtype, "device": facts.device}
+            shapes = [layer.shapes(batch, 0) for layer in facts.layers]
+            pairs = [(torch.zeros(key, **like), torch.zeros(value, **like)) for key, value in shapes]
+        self._keys, self._values = ([pair[kind] for pair in pairs] for kind in (0, 1))
 
     def feed(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         tensors = {INPUT_IDS: tokens, ATTENTION_MASK: mask, POSITION_IDS: positions}
@@ -180,74 +174,3 @@ class _Growing:
 
     def rows(self, start: int, end: int) -> tuple[list[Tensor], list[Tensor]]:
         return [key[:, :, start:end] for key in self._keys], [value[:, :, start:end] for value in self._values]
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """One kind of number, how far it is off and how far it may be."""
-
-    label: str
-    error: float
-    allowed: float
-    sentence: str = ""
-
-    @property
-    def share(self) -> float:
-        return self.error / self.allowed if self.error == self.error else float("inf")
-
-
-def _differences(case: Answered, found: Answer) -> Iterator[_Difference]:
-    scenario, stock = case.scenario, case.stock
-    real = scenario.mask[:, scenario.start :].bool()
-    truth = case.truth or stock
-    for layer in range(len(stock.keys)):
-        for kind, answers in (("K", "keys"), ("V", "values")):
-            ours, theirs, true = (getattr(a, answers)[layer].transpose(1, 2)[real] for a in (found, stock, truth))
-            noise = relative_error(theirs, true)
-            yield _difference(f"{kind} of layer {layer}, {scenario.name}", noise, ours, theirs, true)
-    # One row of logits may be near the truth by luck; the worst of all says how far they usually are.
-    noise = max(relative_error(*pair) for pair in zip(stock.logits, truth.logits, strict=True))
-    labels = [f"logits after token {scenario.start + end}" for _, end in scenario.feeds]
-    for label, ours, theirs, true in zip(labels, found.logits, stock.logits, truth.logits, strict=True):
-        yield _difference(f"{label}, {scenario.name}", noise, ours, theirs, true)
-        yield _token_difference(f"{label}, {scenario.name}", noise, ours, theirs, true)
-
-
-def _difference(label: str, noise: float, ours: Tensor, stock: Tensor, truth: Tensor) -> _Difference:
-    """``noise`` is how far the stock model is from the truth in numbers of this kind."""
-    if truth.dtype == stock.dtype:
-        error, allowed = relative_error(ours, stock), WITHOUT_TRUTH
-    elif noise > PLAUSIBLE[stock.dtype]:
-        error, allowed = relative_error(ours, stock), PLAUSIBLE[stock.dtype]
-    else:
-        error, allowed = relative_error(ours, truth), max(FACTOR * noise, FLOOR * torch.finfo(stock.dtype).eps)
-    sentence = f"{label}, differ from the stock model's by {error:.1e} of their length, and {allowed:.1e} is allowed"
-    return _Difference(label, error, allowed, sentence)
-
-
-def _token_difference(label: str, noise: float, ours: Tensor, stock: Tensor, truth: Tensor) -> _Difference:
-    """The greedy token may differ only where the truth has hardly a preference."""
-    chosen, wanted = ours.argmax(-1, keepdim=True), stock.argmax(-1, keepdim=True)
-    margin = (truth.gather(-1, wanted) - truth.gather(-1, chosen)).abs().double().nan_to_num()
-    length = truth.double().nan_to_num().norm(dim=-1, keepdim=True)
-    spread = length / truth.shape[-1] ** 0.5  # of one logit, when the error is spread over all of them
-    allowed = (TOKEN_FACTOR * max(noise, torch.finfo(stock.dtype).eps) * spread).clamp(min=1e-30)
-    row = int((margin / allowed).argmax())
-    sentence = f"{label}, lead to token {int(chosen[row])} where the stock model says {int(wanted[row])}"
-    return _Difference(f"greedy token, {label}", float(margin[row]), float(allowed[row]), sentence)
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """The worst row's difference, as a share of that row's length (or of the mean row's, if longer).
-
-    Row by row, so that one wrong row among many is seen, and by length, so that the rounding of a
-    single small entry is not taken for one.
-    """
-    if wanted.numel() == 0:
-        return 0.0
-    found, wanted = found.double(), wanted.double()
-    if bool((found.isfinite() != wanted.isfinite()).any()):
-        return float("inf")
-    difference = (found - wanted).nan_to_num().norm(dim=-1)
-    length = wanted.nan_to_num().norm(dim=-1)
-    return float((difference / length.clamp(min=max(float(length.mean()), 1e-9))).max())

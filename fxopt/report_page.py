@@ -7,19 +7,17 @@ and the page's script shows them as text only.
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import html
 import json
 import math
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable
 from dataclasses import asdict
 from importlib import resources
-from itertools import groupby, zip_longest
 from typing import Any
 
-from fxopt.changes import Group, Row
+from fxopt.changes import Group
 from fxopt.listing import Line
 from fxopt.outcome import Check, Outcome, Spot
 from fxopt.report_data import PASS_STAGES, ReportData
@@ -147,7 +145,7 @@ class _Tables:
         return {
             "layers": group.layers,
             "changed": group.is_changed,
-            "rows": [[self._line(row.before, slots), self._line(row.after, slots)] for row in _aligned(group.rows)],
+            "rows": [[self._line(row.before, slots), self._line(row.after, slots)] for row in group.rows],
             "names": [[self.strings.of(name) for name in names] for names in group.names],
         }
 
@@ -171,18 +169,3 @@ def _state(stage: Outcome) -> str:
     if not stage.is_complete:
         return "incomplete"
     return "complete" if stage.matched else "idle"
-
-
-def _aligned(rows: Sequence[Row]) -> Iterator[Row]:
-    """The same rows, but a line that was only changed faces the line of the same name."""
-    for is_changed, stretch in groupby(rows, lambda row: row.is_changed):
-        if not is_changed:
-            yield from stretch
-            continue
-        facing = list(stretch)
-        before = [row.before for row in facing if row.before is not None]
-        after = [row.after for row in facing if row.after is not None]
-        matcher = difflib.SequenceMatcher(None, [line.name for line in before], [line.name for line in after], False)
-        for _, old, old_end, new, new_end in matcher.get_opcodes():
-            for left, right in zip_longest(before[old:old_end], after[new:new_end]):
-                yield Row(left, right)

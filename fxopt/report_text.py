@@ -20,7 +20,9 @@ def as_text(report: ReportData) -> str:
     parts = [f"{report.model}, max_len {report.max_len}, backend {report.backend}", _passes(report)]
     steps = [(stage.name, stage.step) for stage in report.stages if stage.step is not None and stage.dropped is None]
     if steps:
-        parts.append(f"One decode step, batch {report.batch}, {report.context} rows of the cache filled (bytes; K = 1024):")
+        parts.append(
+            f"One decode step, batch {report.batch}, {report.context} rows of the cache filled (bytes; K = 1024):"
+        )
         parts.append(_steps(steps))
     left = [line for stage in report.passes for line in _left_alone(stage)]
     if left:

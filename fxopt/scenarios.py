@@ -23,13 +23,25 @@ from transformers.cache_utils import DynamicLayer
 from fxopt.program import WINDOW
 from fxopt.wide import WIDER, wide
 
-Rows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # keys and values of every layer, [B, H, T, D]
-
 DECODE_STEPS = 4
 LATER_PROMPT = 5  # tokens fed at once onto a cache that is filled already
 PROMPT = WINDOW - 2  # single tokens cross the border of the first window
 SINKS = 8  # tokens at the beginning of a text that may be special
 MOST_CACHE_BYTES = 2**31  # of a scenario that starts far into the cache
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the cache is filled with before a scenario: rows of a prompt, some of them many times."""
+
+    keys: tuple[Tensor, ...] = ()  # [B, H, T, D] for every layer
+    values: tuple[Tensor, ...] = ()
+    picked: Tensor | None = None  # [start], which row each row is a copy of
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, made anew: all layers at once would be a cache of their own."""
+        assert self.picked is not None
+        return self.keys[layer].index_select(2, self.picked), self.values[layer].index_select(2, self.picked)
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Scenario:
     mask: Tensor  # [B, start + T]
     feeds: tuple[tuple[int, int], ...]  # which of the tokens are fed together
     start: int = 0
-    past: Rows = ((), ())
+    past: Past = Past()
 
     @property
     def positions(self) -> Tensor:
@@ -72,17 +84,17 @@ class Answered:
 
 
 @torch.no_grad()
-def answered(model: PreTrainedModel, *, batch: int, max_len: int) -> Iterator[Answered]:
+def answered(model: PreTrainedModel, *, batch: int, far_batch: int, max_len: int) -> Iterator[Answered]:
     """Every scenario that fits into ``max_len``, answered by the stock model."""
     first = _padded_prompt(model, batch, max_len)
     stock = _ask(model, first)
     yield Answered(first, stock, _truth(model, first, stock))
+    row_bytes = sum(rows[:, :, 0].nbytes for rows in (*stock.keys, *stock.values)) * far_batch // batch
     for name, start in _far_starts(model, max_len, first.rows):
-        if start * sum(rows[0, :, 0].numel() for rows in (*stock.keys, *stock.values)) * batch * 4 > MOST_CACHE_BYTES:
-            continue
-        scenario = _far(first, stock, name, start, max_len)
-        answer = _ask(model, scenario)
-        yield Answered(scenario, answer, _truth(model, scenario, answer))
+        if start * row_bytes <= MOST_CACHE_BYTES:
+            scenario = _far(first, stock, name, start, far_batch)
+            answer = _ask(model, scenario)
+            yield Answered(scenario, answer, _truth(model, scenario, answer))
 
 
 def _padded_prompt(model: PreTrainedModel, batch: int, max_len: int) -> Scenario:
@@ -116,17 +128,16 @@ def _sliding_windows(model: PreTrainedModel) -> list[int]:
     return sorted(window for window in found if isinstance(window, int) and window > 2)
 
 
-def _far(first: Scenario, stock: Answer, name: str, start: int, max_len: int) -> Scenario:
+def _far(first: Scenario, stock: Answer, name: str, start: int, batch: int) -> Scenario:
     """Go on from ``start``: single tokens, then several at once, behind the prompt's rows and more like them."""
-    batch, seen = first.tokens.shape[0], first.tokens.shape[1]
-    length = min(DECODE_STEPS + LATER_PROMPT, max_len - start)
-    tokens = first.tokens[:, -length:]
-    picked = _picked(first, start).to(tokens.device)
+    tokens = first.tokens[-batch:, -(DECODE_STEPS + LATER_PROMPT) :]
+    length, seen = tokens.shape[1], first.tokens.shape[1]
     mask = torch.ones(batch, start + length, dtype=torch.long, device=tokens.device)
-    mask[:, :seen] = first.mask[:, : mask.shape[1]]
-    past = tuple(tuple(rows.index_select(2, picked) for rows in kind) for kind in (stock.keys, stock.values))
+    mask[:, :seen] = first.mask[-batch:, : mask.shape[1]]
+    keys, values = (tuple(rows[-batch:] for rows in kind) for kind in (stock.keys, stock.values))
     singles = ((i, i + 1) for i in range(DECODE_STEPS))
-    return Scenario(name, tokens, mask, (*singles, (DECODE_STEPS, length)), start, (past[0], past[1]))
+    past = Past(keys, values, _picked(first, start).to(tokens.device))
+    return Scenario(name, tokens, mask, (*singles, (DECODE_STEPS, length)), start, past)
 
 
 def _picked(first: Scenario, start: int) -> Tensor:
@@ -151,11 +162,8 @@ def _ask(
 ) -> Answer:
     """Feed a scenario to the stock model, under ``mode`` if one is given."""
     cache = DynamicCache()
-    for key, value in zip(*scenario.past, strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(key, value)
-        layer.keys, layer.values = key, value
-        cache.layers.append(layer)
+    for layer in range(len(scenario.past.keys)):
+        cache.layers.append(_BehindPast(scenario.past, layer))
     known = set(inspect.signature(model.forward).parameters)
     logits = []
     with mode or contextlib.nullcontext():
@@ -168,7 +176,29 @@ def _ask(
             }
             inputs = {name: value for name, value in inputs.items() if name in known}
             logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1])
-    new = slice(scenario.start, None)
-    keys = tuple(layer.keys[:, :, new] for layer in cache.layers)
-    values = tuple(layer.values[:, :, new] for layer in cache.layers)
-    return Answer(tuple(logits), keys, values)
+    return Answer(
+        tuple(logits), tuple(layer.keys for layer in cache.layers), tuple(layer.values for layer in cache.layers)
+    )
+
+
+class _BehindPast(DynamicLayer):
+    """A layer of a cache that keeps new rows only, and hands them out behind those of the past."""
+
+    def __init__(self, past: Past, layer: int) -> None:
+        super().__init__()
+        self._past, self._layer = past, layer
+        key, value = past.of(layer)
+        self.lazy_initialization(key, value)
+        self.keys, self.values = key[:, :, :0], value[:, :, :0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys = torch.cat([self.keys.to(key_states.dtype), key_states], dim=2)
+        self.values = torch.cat([self.values.to(value_states.dtype), value_states], dim=2)
+        key, value = self._past.of(self._layer)
+        return torch.cat([key.to(self.keys.dtype), self.keys], dim=2), torch.cat(
+            [value.to(self.values.dtype), self.values], dim=2
+        )
+
+    def get_seq_length(self) -> int:
+        assert self._past.picked is not None
+        return len(self._past.picked) + int(self.keys.shape[2])

@@ -21,6 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
+MOST_AT_ONCE = 2**22  # numbers of a weight that are widened together
+
+aten = torch.ops.aten
+_GATHERS = frozenset({aten.embedding.default, aten.index_select.default})
+
+
 @contextlib.contextmanager
 def wide(dtype: torch.dtype) -> Iterator[None]:
     """Every operator called meanwhile computes in ``dtype`` wherever it would in a narrower float."""
@@ -36,6 +42,13 @@ class _Wide(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_view(func):  # widened where it is computed with
+            return func(*args, **kwargs)
+        if func in _GATHERS:  # all of a table, for the sake of a few rows, would be a copy of it
+            return pytree.tree_map(lambda value: self._widened(value, ()), func(*args, **kwargs))
+        if func is aten.mm.default and args[1].dtype in self._narrow and args[1].numel() > MOST_AT_ONCE:
+            columns = args[1].split(max(1, MOST_AT_ONCE // args[1].shape[0]), dim=1)
+            return torch.cat([self._widened(args[0], ()) @ self._widened(part, ()) for part in columns], dim=1)
         written = _written(func, args, kwargs)
         args, kwargs = pytree.tree_map(lambda value: self._widened(value, written), (args, kwargs))
         return func(*args, **kwargs)
@@ -59,6 +72,10 @@ class _AsWideAsItCan(TorchFunctionMode):
             with _disable_current_modes():
                 args, kwargs = pytree.tree_map(_narrowed, (args, kwargs))
                 return func(*args, **kwargs)
+
+
+def _is_view(func: Any) -> bool:
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
 
 
 def _narrowed(value: Any) -> Any:

@@ -179,8 +179,9 @@ def _operands(event: Any) -> list[int]:
 
 def _bytes_read(event: Any) -> int:
     operands = _operands(event)
-    if _name(event) in ("_grouped_mm", "grouped_mm_fallback"):  # one product for each expert that has rows
-        return sum(_bytes_read(inner) for inner in _all(event.children) if inner.name == "aten::mm")
+    if _name(event) in ("_grouped_mm", "grouped_mm_fallback"):  # a product for each expert, of no rows for some
+        products = [inner for inner in _all(event.children) if inner.name in ("aten::mm", "aten::bmm")]
+        return sum(_bytes_read(inner) for inner in products if _operands(inner)[0])
     if _name(event) in LOOKUPS:
         operands[0] = _kept(event)
     elif _name(event) in (*ROW_WRITES, "fill_"):

@@ -68,7 +68,7 @@ def test_the_smallest_part(count: int) -> None:
     chooser = random.Random(count)
     for _ in range(30):
         culprits = set(chooser.sample(items, chooser.randint(1, min(3, count))))
-        trials = []
+        trials: list[int] = []
 
         def fails(part: Sequence[int], culprits: set[int] = culprits, trials: list[int] = trials) -> bool:
             trials.append(len(part))
@@ -80,7 +80,7 @@ def test_the_smallest_part(count: int) -> None:
 
 
 def test_one_place_of_one_pass(stock: Any, tmp_path: Path) -> None:
-    passes = ["fuse_qkv", "fuse_gate_up", "rotary", Louder()]
+    passes: list[Any] = ["fuse_qkv", "fuse_gate_up", "rotary", Louder()]
     culprit = fxopt.bisect(stock, same_tokens(stock), MAX_LEN, passes=passes)
     assert [p.name for p in culprit.passes] == ["louder"]
     assert [site.split(",")[0] for site in culprit.sites["louder"]] == ["layer 2"]  # the sixth norm
@@ -145,7 +145,7 @@ def test_the_needed_passes_alone(stock: Any) -> None:
 def test_nothing_to_find(stock: Any) -> None:
     with pytest.raises(NothingToFindError, match="the check passes with all of remove_control_flow, "):
         fxopt.bisect(stock, same_tokens(stock), MAX_LEN)
-    with pytest.raises(fxopt.InvalidRequestError, match="fails on the stock model itself .*ZeroDivisionError"):
+    with pytest.raises(fxopt.InvalidRequestError, match=r"fails on the stock model itself .*ZeroDivisionError"):
         fxopt.bisect(stock, lambda model: 1 // 0 == 0, MAX_LEN)
 
 

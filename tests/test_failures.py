@@ -393,7 +393,9 @@ WRONG: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "passes", "right"), WRONG)
 @pytest.mark.usefixtures("quick")
 def test_a_wrong_pass_is_dropped(stock: Any, before: State, name: str, passes: Any, right: str) -> None:
-    with pytest.warns(UserWarning, match=f"with {name} applied, .* differ from the stock model's by .*; fxopt goes on without"):
+    with pytest.warns(
+        UserWarning, match=f"with {name} applied, .* differ from the stock model's by .*; fxopt goes on without"
+    ):
         fast = optimise(stock, passes=passes)
     outcome = outcome_of(fast, name)
     assert outcome.dropped is not None

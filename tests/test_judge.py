@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from fxopt.distance import FACTOR, FLOOR, PLAUSIBLE, WITHOUT_TRUTH, difference, relative_error, token_difference
 from fxopt.families import FAMILIES, tiny
-from fxopt.judge import FACTOR, FLOOR, PLAUSIBLE, WITHOUT_TRUTH, _difference, _token_difference, relative_error
 from fxopt.scenarios import PROMPT, answered
 from fxopt.wide import WIDER, wide
 
@@ -49,7 +49,7 @@ def test_the_truth_about_float32_is_nearer_than_float32(family: str) -> None:
 def test_scenarios_reach_every_border() -> None:
     """Padding, a chunk, the first window of the cache, the sliding window, the last row."""
     model = tiny("mistral", sliding_window=100)
-    cases = list(answered(model, batch=2, max_len=200))
+    cases = list(answered(model, batch=2, far_batch=1, max_len=200))
     assert [case.scenario.name for case in cases] == [
         "a padded prompt",
         "past the sliding window of 100",
@@ -59,6 +59,7 @@ def test_scenarios_reach_every_border() -> None:
     assert prompt.feeds[0] == (0, PROMPT)
     assert (prompt.mask == 0).any(dim=1).tolist() == [False, True]
     assert prompt.rows > 64 > PROMPT
+    assert sliding.mask[0, 0] == 0  # the padded one of the two
     assert sliding.start < 100 < sliding.start + 4 < sliding.rows
     assert end.rows == 200
     assert end.feeds[-1][1] - end.feeds[-1][0] > 1
@@ -71,10 +72,11 @@ def test_scenarios_reach_every_border() -> None:
 def test_far_scenarios_say_what_a_whole_prompt_would() -> None:
     """Going on from a cache that was filled by hand is what feeding those tokens would lead to."""
     model = tiny("llama")
-    case = list(answered(model, batch=1, max_len=120))[-1]
+    case = list(answered(model, batch=2, far_batch=1, max_len=120))[-1]
     cache = DynamicCache()
-    assert case.scenario.past[0][0].shape[2] == case.scenario.start
-    for layer, (key, value) in enumerate(zip(*case.scenario.past, strict=True)):
+    for layer in range(2):
+        key, value = case.scenario.past.of(layer)
+        assert key.shape[2] == case.scenario.start
         cache.update(key, value, layer)
     with torch.no_grad():
         for start, end in case.scenario.feeds:
@@ -89,7 +91,7 @@ def test_far_scenarios_say_what_a_whole_prompt_would() -> None:
 
 @pytest.mark.parametrize("max_len", [2, 3, 5, 20, 63, 64, 65, 66, 70, 76])
 def test_short_limits_are_never_passed(max_len: int) -> None:
-    for case in answered(tiny("llama", num_hidden_layers=1), batch=2, max_len=max_len):
+    for case in answered(tiny("llama", num_hidden_layers=1), batch=2, far_batch=2, max_len=max_len):
         assert case.scenario.rows <= max_len
         assert all(end > start for start, end in case.scenario.feeds)
 
@@ -116,7 +118,7 @@ def test_how_far_off_is_too_far(dtype: torch.dtype) -> None:
         stock = off_by(ROWS, own, dtype).to(dtype)
         distance = relative_error(stock, truth) / eps
         noisy = off_by(ROWS, ours * distance, dtype, seed=3).to(wider)
-        found = _difference("", distance * eps, noisy, stock, truth)
+        found = difference("", distance * eps, noisy, stock, truth)
         assert found.allowed == pytest.approx(max(FACTOR * distance, FLOOR) * eps, rel=1e-3)
         return found.share
 
@@ -127,9 +129,9 @@ def test_how_far_off_is_too_far(dtype: torch.dtype) -> None:
 def test_without_a_truth_the_stock_model_is_it() -> None:
     """Float64 has nothing wider; a model whose choices rounding turns over is no measure of distance."""
     stock = ROWS.clone()
-    assert _difference("", 0.0, off_by(ROWS, 1, torch.float64), stock, stock).allowed == WITHOUT_TRUTH
+    assert difference("", 0.0, off_by(ROWS, 1, torch.float64), stock, stock).allowed == WITHOUT_TRUTH
     far = off_by(ROWS, 64, torch.bfloat16).to(torch.bfloat16)
-    found = _difference("", relative_error(far, ROWS), far.clone(), far, ROWS.float())
+    found = difference("", relative_error(far, ROWS), far.clone(), far, ROWS.float())
     assert found.error == 0.0
     assert found.allowed == PLAUSIBLE[torch.bfloat16]
 
@@ -159,7 +161,7 @@ def test_a_token_may_differ_only_where_it_hardly_matters() -> None:
         truth[0, 4] = second_best
         ours = truth.float()
         ours[0, 4] = 5.1
-        return _token_difference("", 1e-6, ours, truth.float(), truth).share
+        return token_difference("", 1e-6, ours, truth.float(), truth).share
 
     assert share(5.0 - 1e-6) < 1
     assert share(4.9) > 1

@@ -317,8 +317,8 @@ def test_a_name_that_a_package_has(install: Install) -> None:
 
 
 def test_a_package_that_also_registers_and_asks_for_the_catalogue(install: Install) -> None:
-    tail = "\nfrom fxopt.registry import catalogue, register\nregister(Brought)\nassert len(catalogue()) > 9\n"
-    install("eager_package", package("brought") + tail)
+    head = "from fxopt.registry import catalogue, register\nassert len(catalogue()) > 9\n"
+    install("eager_package", head + package("brought") + "\nregister(Brought)\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert names() == [*SYMBOLIC, "brought", *DECODE]

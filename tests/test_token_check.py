@@ -50,7 +50,10 @@ def test_the_same_tokens(stock: Any, fast: Any, batch_size: int) -> None:
 def test_the_hash_is_of_what_was_said(stock: Any, fast: Any) -> None:
     """sha256 of the decoded batch, its first eight digits."""
     check = fxopt.verify(stock, fast, ["5 6 7", "13"], tokenizer=Words(), max_new_tokens=NEW)
-    said = [stock.generate(torch.tensor([row]), max_new_tokens=NEW, do_sample=False)[0, len(row) :] for row in ([5, 6, 7], [13])]
+    said = [
+        stock.generate(torch.tensor([row]), max_new_tokens=NEW, do_sample=False)[0, len(row) :]
+        for row in ([5, 6, 7], [13])
+    ]
     text = "\n".join("-".join(map(str, row.tolist())) for row in said)
     assert check.stock_hash == hashlib.sha256(text.encode()).hexdigest()[:8]
     assert check.prompts[0].prompt == "5 6 7"
@@ -60,7 +63,9 @@ def test_a_difference_is_located(stock: Any) -> None:
     """Another model: the first token that differs, and how sure the stock model was of its own."""
     other: Any = tiny("llama")
     with torch.no_grad():
-        other.lm_head.weight.add_(0.3 * torch.randn(other.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)))
+        other.lm_head.weight.add_(
+            0.3 * torch.randn(other.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+        )
     check = fxopt.verify(stock, other, PROMPTS, max_new_tokens=NEW)
     assert not check.same
     assert check.stock_hash != check.fast_hash

@@ -1,0 +1,96 @@
+"""How far what a graph says is from what the stock model says, and how far it may be.
+
+The limit is measured, not guessed: the stock model is compared with itself in the next wider dtype,
+and a rewritten graph may be no further from that truth than FACTOR times the stock model's own noise,
+or a few roundings where the stock model happens to be exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxopt.scenarios import Answer, Answered
+
+FACTOR = 3.0
+FLOOR = 2.0  # roundings of the dtype
+TOKEN_FACTOR = 2 * 5 * FACTOR  # two logits change places when both are off; five deviations are never seen
+#: How far from the truth a stock model is by rounding alone. One that is further away takes decisions
+#: that rounding turns over (which expert is chosen): then it is itself the truth.
+PLAUSIBLE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+#: Where nothing is wider than the dtype. Models compute rotary tables in float32 also in float64.
+WITHOUT_TRUTH = 1e3 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One kind of number, how far it is off and how far it may be."""
+
+    label: str
+    error: float
+    allowed: float
+    sentence: str = ""
+
+    @property
+    def share(self) -> float:
+        return self.error / self.allowed if self.error == self.error else float("inf")
+
+
+def differences(case: Answered, found: Answer) -> Iterator[Difference]:
+    scenario, stock = case.scenario, case.stock
+    real = scenario.mask[:, scenario.start :].bool()
+    truth = case.truth or stock
+    for layer in range(len(stock.keys)):
+        for kind, answers in (("K", "keys"), ("V", "values")):
+            ours, theirs, true = (getattr(a, answers)[layer].transpose(1, 2)[real] for a in (found, stock, truth))
+            noise = relative_error(theirs, true)
+            yield difference(f"{kind} of layer {layer}, {scenario.name}", noise, ours, theirs, true)
+    # One row of logits may be near the truth by luck; the worst of all says how far they usually are.
+    noise = max(relative_error(*pair) for pair in zip(stock.logits, truth.logits, strict=True))
+    labels = [f"logits after token {scenario.start + end}" for _, end in scenario.feeds]
+    for label, ours, theirs, true in zip(labels, found.logits, stock.logits, truth.logits, strict=True):
+        yield difference(f"{label}, {scenario.name}", noise, ours, theirs, true)
+        yield token_difference(f"{label}, {scenario.name}", noise, ours, theirs, true)
+
+
+def difference(label: str, noise: float, ours: Tensor, stock: Tensor, truth: Tensor) -> Difference:
+    """``noise`` is how far the stock model is from the truth in numbers of this kind."""
+    if truth.dtype == stock.dtype:
+        error, allowed = relative_error(ours, stock), WITHOUT_TRUTH
+    elif noise > PLAUSIBLE[stock.dtype]:
+        error, allowed = relative_error(ours, stock), PLAUSIBLE[stock.dtype]
+    else:
+        error, allowed = relative_error(ours, truth), max(FACTOR * noise, FLOOR * torch.finfo(stock.dtype).eps)
+    sentence = f"{label}, differ from the stock model's by {error:.1e} of their length, and {allowed:.1e} is allowed"
+    return Difference(label, error, allowed, sentence)
+
+
+def token_difference(label: str, noise: float, ours: Tensor, stock: Tensor, truth: Tensor) -> Difference:
+    """The greedy token may differ only where the truth has hardly a preference."""
+    chosen, wanted = ours.argmax(-1, keepdim=True), stock.argmax(-1, keepdim=True)
+    margin = (truth.gather(-1, wanted) - truth.gather(-1, chosen)).abs().double().nan_to_num()
+    length = truth.double().nan_to_num().norm(dim=-1, keepdim=True)
+    spread = length / truth.shape[-1] ** 0.5  # of one logit, when the error is spread over all of them
+    allowed = (TOKEN_FACTOR * max(noise, torch.finfo(stock.dtype).eps) * spread).clamp(min=1e-30)
+    row = int((margin / allowed).argmax())
+    sentence = f"{label}, lead to token {int(chosen[row])} where the stock model says {int(wanted[row])}"
+    return Difference(f"greedy token, {label}", float(margin[row]), float(allowed[row]), sentence)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """The worst row's difference, as a share of that row's length (or of the mean row's, if longer).
+
+    Row by row, so that one wrong row among many is seen, and by length, so that the rounding of a
+    single small entry is not taken for one.
+    """
+    if wanted.numel() == 0:
+        return 0.0
+    found, wanted = found.double(), wanted.double()
+    if bool((found.isfinite() != wanted.isfinite()).any()):
+        return float("inf")
+    difference = (found - wanted).nan_to_num().norm(dim=-1)
+    length = wanted.nan_to_num().norm(dim=-1)
+    return float((difference / length.clamp(min=max(float(length.mean()), 1e-9))).max())
