@@ -6,6 +6,9 @@ a laptop; nothing is computed, so nothing is verified or compiled.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from fxopt.pipeline import Pipeline, Policy
 from fxopt.program import whole_windows
 from fxopt.progress import Progress
 from fxopt.report import Report
+from fxopt.rewrite import Pass
 from fxopt.specialise import Role
 from fxopt.weights import pack
 
@@ -41,8 +45,30 @@ def explain(
 
     ``model`` is a config, a model (its config is taken), a folder, or a ``config.json``.
     """
-    config = _config(model)
-    selected = select(passes)
+    with _uncollected():
+        return _explained(_config(model), max_len, select(passes), dtype, backend, batch)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """A graph that only grows is walked by the collector again and again, for nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _explained(
+    config: PretrainedConfig,
+    max_len: int | None,
+    selected: tuple[Pass[Any], ...],
+    dtype: torch.dtype | None,
+    backend: Backend,
+    batch: int,
+) -> Report:
     progress = Progress()
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with mode:

@@ -60,14 +60,11 @@ class _Lives:
         self._groups = groups
         self._first_write: dict[Memory, int] = {}
         self._last_read: dict[Memory, int] = {}
-        self._held: dict[Memory, int] = {}
         for group in groups:
             for kernel in group.kernels:
                 self._last_read.update({memory: group.place for memory, _, _ in kernel.reads()})
                 for memory, _ in kernel.writes():
                     self._first_write.setdefault(memory, group.place)
-                if not group.fused:  # what an op was given stays until all its kernels have run
-                    self._held.update({memory: group.place for memory in kernel.memories})
         self._last_read.update({memory: len(groups) for memory in step.kept})
 
     def read(self, group: Group) -> dict[Memory, int]:
@@ -93,7 +90,7 @@ class _Lives:
         changes = [0] * (len(self._groups) + 2)
         for memory, first in self._first_write.items():
             if memory.kind is Kind.ACTIVATION and self._lies_in_memory_after(memory, self._groups[first]):
-                last = max(first, self._last_read.get(memory, 0), self._held.get(memory, 0))
+                last = max(first, self._last_read.get(memory, 0))
                 changes[first] += memory.nbytes
                 changes[last + 1] -= memory.nbytes
         alive, most = 0, 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -83,15 +83,16 @@ def test_llama_70b_on_a_laptop() -> None:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
         "raise SystemExit(code)"
     )
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", code, "explain", str(LLAMA_70B), "--json"], capture_output=True, text=True, check=False
     )
-    took = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)["stages"]}
     assert (rows["static_kv"]["matched"], rows["fuse_qkv"]["matched"]) == (160, 80)
     weights = 2 * (70_553_706_496 - 128256 * 8192)  # bfloat16; of the embedding one row is read
     assert rows["matvec"]["step"]["weight_bytes"] == pytest.approx(weights, rel=0.01)
     assert int(done.stderr.split()[-1]) < 4 * 2**20
-    assert took < 60
+    # Of one core, so that other work on the machine is not counted.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60

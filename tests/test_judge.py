@@ -103,7 +103,8 @@ def off_by(rows: torch.Tensor, roundings: float, dtype: torch.dtype, seed: int =
     """The rows with noise of so many roundings of their length."""
     noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     scale = roundings * torch.finfo(dtype).eps * rows.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-    return rows + noise * scale
+    noisy: torch.Tensor = rows + noise * scale
+    return noisy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -20,7 +20,6 @@ from fxopt.demo_model import load_model
 from fxopt.driver import apply
 from fxopt.errors import InvalidRequestError
 from fxopt.families import tiny
-from fxopt.launches import Layout, call
 from fxopt.passes import PASSES
 from fxopt.program import Program
 from fxopt.rewrite import Stage
@@ -36,11 +35,13 @@ ROW = 2 * LAYERS * KEPT_HEADS * WIDTH * FLOAT  # what the cache keeps of one tok
 
 
 @cache
-def stages(backend: str, family: str = "llama") -> dict[str, Program]:
+def stages(backend: str, family: str = "llama", required_alone: bool = False) -> dict[str, Program]:
     """The graph after every pass, by the name of the pass."""
     program = capture(tiny(family), max_len=100, capacity=CAPACITY, backend=backend)
     found = {"capture": program}
     for kind in PASSES:
+        if required_alone and not kind.required:
+            continue
         if kind.stage is Stage.DECODE and "specialised" not in found:
             program = found["specialised"] = specialise(program, Role("decode", 1, longest_step=1))
         program, _ = apply(kind(), program)
@@ -112,6 +113,18 @@ def test_decode_passes_do_the_same_arithmetic() -> None:
     assert after.flops == pytest.approx(before.flops, rel=0.02)
 
 
+#: Launches of the compiled graph by ``measured.compiled_launches``: without optional passes, without those for decode
+#: graphs, and with all.
+COMPILED = {"llama": (30, 20, 1), "gemma2": (29, 25, 9), "mixtral": (44, 36, 13)}
+
+
+@pytest.mark.parametrize("family", COMPILED)
+def test_loops_are_joined_as_inductor_was_seen_to_join_them(family: str) -> None:
+    minimal = specialise(stages("inductor", family, required_alone=True)["static_kv"], Role("decode", 1, 1))
+    programs = (minimal, stages("inductor", family)["specialised"], stages("inductor", family)[PASSES[-1].name])
+    assert tuple(step_cost(program, context=CONTEXT).launches for program in programs) == COMPILED[family]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_specialised_graph_costs_what_the_symbolic_one_does(backend: str) -> None:
     assert cost(backend, "specialised") == cost(backend, "last_logits")
@@ -123,33 +136,6 @@ def test_a_batch_reads_the_weights_once() -> None:
     assert three.kv_read_bytes == 3 * one.kv_read_bytes
     rows = 2 * 64 * FLOAT  # two more of the embedding
     assert three.weight_bytes == one.weight_bytes + rows
-
-
-def layout(*sizes: int) -> Layout:
-    return Layout.of(torch.empty(sizes))
-
-
-def test_flops_of_a_product_however_it_is_written() -> None:
-    x, weight = layout(1, 64), layout(32, 64)
-    (mm,) = call(aten.linear.default, [x, weight], {}).launches
-    (mul,) = call(aten.mul.Tensor, [x, weight], {}).launches
-    (total,) = call(aten.sum.dim_IntList, [layout(32, 64), [-1]], {}).launches
-    assert mm.flops == mul.flops + total.flops == 2 * 64 * 32
-
-
-def test_a_lookup_reads_its_rows_and_a_view_reads_nothing() -> None:
-    (lookup,) = call(aten.index_select.default, [layout(100, 8), 0, Layout.of(torch.tensor([3, 5]))], {}).launches
-    assert [access.nbytes for access in lookup.reads] == [2 * 8 * 4, 2 * 8]
-    assert call(aten.transpose.int, [layout(100, 8), 0, 1], {}).launches == ()
-    spread = Layout.of(torch.empty(1, 8).expand(100, 8))
-    (copy,) = call(aten.clone.default, [spread], {}).launches
-    assert (copy.reads[0].nbytes, copy.writes[0].nbytes, copy.copies) == (8 * 4, 100 * 8 * 4, True)
-
-
-def test_a_cast_copies_only_if_the_dtype_stays() -> None:
-    (cast,) = call(aten._to_copy.default, [layout(8)], {"dtype": torch.float64}).launches
-    (copy,) = call(aten._to_copy.default, [layout(8)], {"dtype": torch.float32}).launches
-    assert (cast.copies, copy.copies) == (False, True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
