@@ -42,7 +42,7 @@ test-fast: $(VENV)/.ready ## the tests that do not compile
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 golden: $(VENV)/.ready ## rewrite golden texts and generated documents, then look at the diff
-	$(BIN)/python -m pytest -q tests/test_passes.py tests/test_docs.py --update-golden
+	$(BIN)/python -m pytest -q tests/test_passes.py tests/test_docs.py tests/test_write_a_pass.py --update-golden
 
 lint: $(VENV)/.ready ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

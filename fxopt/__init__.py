@@ -12,6 +12,7 @@ from fxopt.errors import (
 )
 from fxopt.only import Only
 from fxopt.preview import explain
+from fxopt.registry import register, unregister
 from fxopt.report import Report
 from fxopt.rewrite import Pass, Stage
 from fxopt.token_check import SameTokens, TokenCheck, verify
@@ -37,5 +38,7 @@ __all__ = [
     "bisect",
     "explain",
     "optimize",
+    "register",
+    "unregister",
     "verify",
 ]

@@ -121,7 +121,7 @@ class _Walk:
         return Held(Layout.of(value), memory)
 
     def _value(self, node: Node, values: dict[Node, Any]) -> Any:
-        if _is_packed_weight(node):
+        if (concat := Concat.of(node)) is not None and concat.joins_weights:
             layout = self._sizes.layout(node.meta["val"])
             return Held(layout, Memory(Kind.WEIGHT, layout.nbytes))
         if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -196,11 +196,3 @@ def _made(sizes: StepSizes, node: Node, operands: int) -> tuple[tuple[int, ...],
 
 def _is_part(value: Any) -> bool:
     return isinstance(value, Part)
-
-
-def _is_packed_weight(node: Node) -> bool:
-    """Whether weights are joined row by row, which is done once, before anything runs."""
-    concat = Concat.of(node)
-    if concat is None or concat.dim != 0:
-        return False
-    return all(part.op == "get_attr" and part.meta["val"].dim() > 0 for part in concat.parts)

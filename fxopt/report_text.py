@@ -48,13 +48,7 @@ def _passes(report: ReportData) -> str:
     if not any(stage.verified for stage in report.passes):
         headers.remove("verified")
         rows = [[*row[:5], row[6]] for row in rows]
-    return tabulate(
-        rows,
-        headers=headers,
-        tablefmt="simple",
-        disable_numparse=True,
-        colalign=("left", *["right"] * (len(headers) - 1)),
-    )
+    return _table(headers, rows)
 
 
 def _steps(steps: list[tuple[str, StepCost]]) -> str:
@@ -72,13 +66,13 @@ def _steps(steps: list[tuple[str, StepCost]]) -> str:
         ]
         for name, step in steps
     ]
-    return tabulate(
-        rows,
-        headers=headers,
-        tablefmt="simple",
-        disable_numparse=True,
-        colalign=("left", *["right"] * (len(headers) - 1)),
-    )
+    return _table(headers, rows)
+
+
+def _table(headers: list[str], rows: list[list[object]]) -> str:
+    """The first column to the left, numbers to the right."""
+    columns = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=columns)
 
 
 def size(number: int) -> str:

@@ -174,3 +174,8 @@ class Concat:
         values = arguments(node)
         rank = len(shape(node))
         return cls(node, tuple(values["tensors"]), values["dim"] % rank)
+
+    @property
+    def joins_weights(self) -> bool:
+        """Whether whole weights are joined row by row, which can be done once, before anything runs."""
+        return self.dim == 0 and all(part.op == "get_attr" and len(shape(part)) > 0 for part in self.parts)

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Node
 
 from fxopt.errors import InvalidRequestError
 from fxopt.program import Program
-from fxopt.views import Concat, shape
+from fxopt.views import Concat
 
 PACKED = "packed"
 
@@ -29,7 +28,7 @@ def pack(program: Program) -> Program:
     with torch.no_grad():
         for node in list(graph.nodes):
             concat = Concat.of(node)
-            if concat is None or not is_packable(concat):
+            if concat is None or not concat.joins_weights:
                 continue
             tensors = [packed.attribute(part) for part in concat.parts]
             name = f"{PACKED}_{concat.parts[0].target}".replace(".", "_")
@@ -51,11 +50,6 @@ def packed_bytes(program: Program) -> int:
     return sum(program.attribute(node).nbytes for node in nodes)
 
 
-def is_packable(concat: Concat) -> bool:
-    """Whether a ``cat`` joins whole weights row by row, so that it can be done ahead of time."""
-    return concat.dim == 0 and all(_is_weight(part) for part in concat.parts)
-
-
 class WeightWatch:
     """Notices when parameters have moved or were replaced, as ``model.to(...)`` does with them."""
 
@@ -74,10 +68,6 @@ class WeightWatch:
                     f"{path} has moved since fxopt.optimize saw it (model.to(...), or a parameter was replaced), so "
                     "the optimised graphs would read the old weights. Call fxopt.optimize on the stock model again."
                 )
-
-
-def _is_weight(node: Node) -> bool:
-    return node.op == "get_attr" and len(shape(node)) > 0
 
 
 def _seat(tensors: Sequence[Tensor]) -> Tensor:

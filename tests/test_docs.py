@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from fxopt.capture import capture
+from fxopt.distance import FACTOR, FLOOR
 from fxopt.driver import apply
 from fxopt.families import tiny
+from fxopt.judge import SMALL_CHUNK
 from fxopt.listing import readable
 from fxopt.passes import PASSES
 from fxopt.program import Program
 from fxopt.rewrite import Stage
+from fxopt.scenarios import DECODE_STEPS, LATER_PROMPT, MOST_CACHE_BYTES, PROMPT
 from fxopt.specialise import Role, specialise
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +71,10 @@ def test_graph_texts_are_what_the_passes_write(update_golden: bool) -> None:
         assert found == wanted[name], f"{name} has changed; run `make golden` and look at the diff"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/how-it-works.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))],
+)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
@@ -92,3 +98,17 @@ def test_readme_shows_a_report_of_every_pass() -> None:
     sample = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert sample is not None
     assert all(kind.name in sample.group(1) for kind in PASSES)
+
+
+def test_the_limits_are_documented() -> None:
+    """What the page says of the judge is what the judge does."""
+    page = " ".join((ROOT / "docs" / "see-and-trust.md").read_text().split())
+    assert FACTOR == 3.0
+    assert FLOOR == 2.0
+    assert "**3 times the noise**" in page
+    assert "never has to be nearer than 2 roundings" in page
+    assert f"a prompt of {PROMPT} tokens" in page
+    assert f"then {DECODE_STEPS} single tokens" in page
+    assert f"fed by {SMALL_CHUNK}" in page
+    assert f"the last {DECODE_STEPS + LATER_PROMPT} tokens before" in page
+    assert f"more than {MOST_CACHE_BYTES // 2**30} GiB" in page
