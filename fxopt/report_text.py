@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tabulate import tabulate
 
@@ -14,6 +14,7 @@ from fxopt.report_data import ReportData
 from fxopt.step_cost import StepCost
 
 WIDTH = 100  # columns
+OPERATORS = 5  # of a pass, by name
 
 
 def as_text(report: ReportData) -> str:
@@ -24,6 +25,9 @@ def as_text(report: ReportData) -> str:
             f"One decode step, batch {report.batch}, {report.context} rows of the cache filled (bytes; K = 1024):"
         )
         parts.append(_steps(steps))
+    came = [line for stage in report.passes for line in _operators(stage)]
+    if came:
+        parts.append("\n".join(["Operators that came and went:", *came]))
     left = [line for stage in report.passes for line in _left_alone(stage)]
     if left:
         parts.append("\n".join(["Left alone:", *left]))
@@ -69,7 +73,7 @@ def _steps(steps: list[tuple[str, StepCost]]) -> str:
     return _table(headers, rows)
 
 
-def _table(headers: list[str], rows: list[list[object]]) -> str:
+def _table(headers: list[str], rows: Sequence[Sequence[object]]) -> str:
     """The first column to the left, numbers to the right."""
     columns = ("left", *["right"] * (len(headers) - 1))
     return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=columns)
@@ -92,6 +96,16 @@ def _scaled(number: float, base: int, units: tuple[str, ...]) -> str:
         number, power = number / base, power + 1
     digits = f"{number:.0f}" if number >= 99.5 or power == 0 else f"{number:.1f}"
     return f"{digits}{units[power]}"
+
+
+def _operators(stage: Outcome) -> Iterator[str]:
+    """The largest changes; all of them are in the data."""
+    if not stage.ops or stage.dropped:
+        return
+    shown = [f"{change:+} {op.removeprefix('aten.').removesuffix('.default')}" for op, change in stage.ops.items()]
+    more = f", {len(shown) - OPERATORS} more" if len(shown) > OPERATORS else ""
+    line = f"  {stage.name}: {', '.join(shown[:OPERATORS])}{more}"
+    yield from textwrap.wrap(line, WIDTH, subsequent_indent="      ")
 
 
 def _closing(report: ReportData) -> Iterator[str]:
