@@ -90,7 +90,7 @@ def answered(model: PreTrainedModel, *, batch: int, far_batch: int, max_len: int
     stock = _ask(model, first)
     yield Answered(first, stock, _truth(model, first, stock))
     row_bytes = sum(rows[:, :, 0].nbytes for rows in (*stock.keys, *stock.values)) * far_batch // batch
-    for name, start in _far_starts(model, max_len, first.rows):
+    for name, start in _far_starts(model, max_len, first):
         if start * row_bytes <= MOST_CACHE_BYTES:
             scenario = _far(first, stock, name, start, far_batch)
             answer = _ask(model, scenario)
@@ -111,11 +111,15 @@ def _padded_prompt(model: PreTrainedModel, batch: int, max_len: int) -> Scenario
     return Scenario("a padded prompt", tokens.to(model.device), mask.to(model.device), feeds)
 
 
-def _far_starts(model: PreTrainedModel, max_len: int, covered: int) -> list[tuple[str, int]]:
+def _far_starts(model: PreTrainedModel, max_len: int, first: Scenario) -> list[tuple[str, int]]:
     """Rows of the cache to go on from, with what is special about each."""
     length = DECODE_STEPS + LATER_PROMPT
-    windows = [w for w in _sliding_windows(model) if covered < w + 2 and w - 2 + length <= max_len]
-    starts = [(f"past the sliding window of {window}", window - 2) for window in windows]
+    covered, padding = first.rows, _padding(first)
+    starts = []
+    for window in _sliding_windows(model):
+        start = window - 2 + padding  # a window full of padding would hide what is in front of it
+        if covered < window + padding + 2 and start + length <= max_len:
+            starts.append((f"past the sliding window of {window}", start))
     if max_len - length >= covered:
         starts.append((f"up to token {max_len}", max_len - length))
     return starts
@@ -140,6 +144,11 @@ def _far(first: Scenario, stock: Answer, name: str, start: int, batch: int) -> S
     return Scenario(name, tokens, mask, (*singles, (DECODE_STEPS, length)), start, past)
 
 
+def _padding(first: Scenario) -> int:
+    """Of the sequence that has most of it."""
+    return int((first.mask == 0).sum(-1).max())
+
+
 def _picked(first: Scenario, start: int) -> Tensor:
     """Which rows of the prompt a cache of ``start`` rows is made of.
 
@@ -147,7 +156,7 @@ def _picked(first: Scenario, start: int) -> Tensor:
     cache without, or with several, makes them so unsure that every rounding shows.
     """
     seen = first.tokens.shape[1]
-    ordinary = min(int((first.mask == 0).sum(-1).max()) + SINKS, seen - 1)
+    ordinary = min(_padding(first) + SINKS, seen - 1)
     more = torch.randint(ordinary, seen, (max(0, start - seen),), generator=torch.Generator().manual_seed(1))
     return torch.cat([torch.arange(seen), more])[:start]
 
