@@ -43,7 +43,8 @@ class Judge:
     def __init__(self, model: PreTrainedModel, max_len: int) -> None:
         self._model = model
         self._max_len = max_len
-        self._answered: dict[tuple[int, int], list[Answered]] = {}
+        self._batches = (0, 0)  # of the answers that are kept; graphs are judged in the order of their batches
+        self._answered: list[Answered] = []
 
     def graph(self, program: Program) -> Verdict:
         """Judge a symbolic graph in eager mode, whether its cache grows already in place or not yet."""
@@ -74,13 +75,14 @@ class Judge:
     @torch.no_grad()
     def _compare(self, batches: tuple[int, int], fed: Feeder, what: str) -> Verdict:
         started = time.perf_counter()
-        if batches not in self._answered:
+        if batches != self._batches:
             near, far = batches
+            self._answered = []
             cases = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
-            self._answered[batches] = list(cases)
+            self._answered, self._batches = list(cases), batches
         found = [
             difference
-            for case in self._answered[batches]
+            for case in self._answered
             for difference in differences(case, _feed(fed(case.scenario), case.scenario))
         ]
         worst = max(found, key=lambda difference: difference.share)

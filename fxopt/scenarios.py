@@ -198,7 +198,7 @@ class _BehindPast(DynamicLayer):
         self._past, self._layer = past, layer
         key, value = past.of(layer)
         self.lazy_initialization(key, value)
-        self.keys, self.values = key[:, :, :0], value[:, :, :0]
+        self.keys, self.values = key[:, :, :0].clone(), value[:, :, :0].clone()  # views would keep all of it
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys = torch.cat([self.keys.to(key_states.dtype), key_states], dim=2)

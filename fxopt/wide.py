@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
-MOST_AT_ONCE = 2**22  # numbers of a weight that are widened together
+MOST_AT_ONCE = 2**20  # numbers of a weight that are widened together
 
 aten = torch.ops.aten
 _GATHERS = frozenset({aten.embedding.default, aten.index_select.default})
