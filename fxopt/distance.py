@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxopt.scenarios import Answer, Answered
 
-FACTOR = 3.0
+FACTOR = 4.0
 FLOOR = 2.0  # roundings of the dtype
 TOKEN_FACTOR = 2 * 5 * FACTOR  # two logits change places when both are off; five deviations are never seen
 #: How far from the truth a stock model is by rounding alone. One that is further away takes decisions
