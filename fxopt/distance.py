@@ -22,7 +22,12 @@ TOKEN_FACTOR = 2 * 5 * FACTOR  # two logits change places when both are off; fiv
 #: that rounding turns over (which expert is chosen): then it is itself the truth.
 PLAUSIBLE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 #: Where nothing is wider than the dtype. Models compute rotary tables in float32 also in float64.
-WITHOUT_TRUTH = 1e3 * torch.finfo(torch.float32).eps
+WITHOUT_TRUTH = {
+    torch.float64: 1e3 * torch.finfo(torch.float32).eps,
+    torch.float32: 1e3 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: 32 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 32 * torch.finfo(torch.float16).eps,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def differences(case: Answered, found: Answer) -> Iterator[Difference]:
 def difference(label: str, noise: float, ours: Tensor, stock: Tensor, truth: Tensor) -> Difference:
     """``noise`` is how far the stock model is from the truth in numbers of this kind."""
     if truth.dtype == stock.dtype:
-        error, allowed = relative_error(ours, stock), WITHOUT_TRUTH
+        error, allowed = relative_error(ours, stock), WITHOUT_TRUTH[stock.dtype]
     elif noise > PLAUSIBLE[stock.dtype]:
         error, allowed = relative_error(ours, stock), PLAUSIBLE[stock.dtype]
     else:

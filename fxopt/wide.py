@@ -75,7 +75,9 @@ class _AsWideAsItCan(TorchFunctionMode):
 
 
 def _is_view(func: Any) -> bool:
-    return any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
+    schema = getattr(func, "_schema", None)  # higher-order operators have none
+    returns = schema.returns if schema is not None else ()
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
 def _narrowed(value: Any) -> Any:
@@ -87,7 +89,8 @@ def _narrowed(value: Any) -> Any:
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The arguments that an operator writes into: those must stay the tensors that they are."""
     found = []
-    for index, parameter in enumerate(func._schema.arguments):
+    schema = getattr(func, "_schema", None)
+    for index, parameter in enumerate(schema.arguments if schema is not None else ()):
         if parameter.alias_info is not None and parameter.alias_info.is_write:
             found.append(args[index] if index < len(args) else kwargs.get(parameter.name))
     return found
