@@ -112,3 +112,11 @@ def test_the_limits_are_documented() -> None:
     assert f"fed by {SMALL_CHUNK}" in page
     assert f"the last {DECODE_STEPS + LATER_PROMPT} tokens before" in page
     assert f"more than {MOST_CACHE_BYTES // 2**30} GiB" in page
+
+
+def test_every_package_is_shipped() -> None:
+    """A folder of code that pyproject does not name is missing from wheels, and only from those."""
+    listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert listed is not None
+    folders = {"fxopt", *(f"fxopt.{path.parent.name}" for path in (ROOT / "fxopt").glob("*/__init__.py"))}
+    assert set(re.findall(r'"([\w.]+)"', listed.group(1))) == folders
