@@ -17,7 +17,7 @@ from fxopt.judge import Judge
 from fxopt.lower import Backend, Lowered, lower
 from fxopt.model import make_fast
 from fxopt.outcome import Check
-from fxopt.pipeline import Pipeline, Policy
+from fxopt.pipeline import Pipeline, Policy, judged_safely
 from fxopt.program import Program, whole_windows
 from fxopt.progress import Progress
 from fxopt.rewrite import Pass
@@ -127,15 +127,16 @@ def _verified(
     judge: Judge, engine: Engine, pipeline: Pipeline, backend: Backend, progress: Progress
 ) -> tuple[Engine, Check]:
     """Compare the compiled code with the stock model; find a decode pass that spoils it by trying without."""
-    check, complaint = judge.engine(engine)
+    check, complaint = judged_safely(judge.engine, engine)
     if complaint is None:
         return engine, check
     for suspect in pipeline.decode_passes():
         trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress)
-        check, remaining = judge.engine(trial)
+        check, remaining = judged_safely(judge.engine, trial)
         if remaining is None:
             pipeline.drop(suspect, complaint)
-            return trial, check
+            pipeline.forget_decode()  # so that the report is about the graph that runs
+            return _compiled(pipeline, backend, engine.limits, progress), check
     raise VerificationError(
         f"the graphs agree with the stock model, but compiled by {backend} they do not: {complaint}. "
         'Try backend="aot_eager", and report it.'

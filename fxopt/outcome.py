@@ -52,5 +52,10 @@ class Outcome:
     listing: Listing = ()  # the graph after the pass
 
     @property
+    def changed_something(self) -> bool:
+        """Sites or not: a pass may also edit the graph as a whole."""
+        return bool(self.matched or self.ops or self.nodes_before != self.nodes_after)
+
+    @property
     def is_complete(self) -> bool:
         return self.matched >= (self.expected or 0)

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fxopt.driver import apply, require
 from fxopt.errors import RewriteError, VerificationError, first_line, warn
@@ -22,6 +22,7 @@ from fxopt.step_cost import step_cost
 
 log = logging.getLogger("fxopt")
 
+Subject = TypeVar("Subject")
 Judged = Callable[[Program], Verdict]
 
 
@@ -95,12 +96,12 @@ class Pipeline:
         assert self.policy.judge is not None
         if self._each and self._last_check is not None:
             return self._last_check
-        check, complaint = _judged(self.policy.judge.graph, self.program)
+        check, complaint = judged_safely(self.policy.judge.graph, self.program)
         if complaint is not None:
             log.warning("%s; looking for the pass", complaint)
             self._each = True
             self.run()
-            check, complaint = _judged(self.policy.judge.graph, self.program)
+            check, complaint = judged_safely(self.policy.judge.graph, self.program)
         if complaint is not None:
             raise VerificationError(
                 f"the rewritten graph differs from the stock model ({complaint}), but with no single pass added. "
@@ -124,10 +125,15 @@ class Pipeline:
         trial._outcomes = dict(self._outcomes)
         return trial
 
+    def forget_decode(self) -> None:
+        """Note the decode graph anew when it is made next, after one of its passes was dropped."""
+        for name in ("specialise", *(p.name for p in self._kept(Stage.DECODE))):
+            self._outcomes.pop(name, None)
+
     def decode_passes(self) -> list[Pass[Any]]:
         """The passes still applied to decode graphs that changed something there."""
         kept = self._kept(Stage.DECODE)
-        return [p for p in kept if p.name in self._outcomes and self._outcomes[p.name].matched > 0]
+        return [p for p in kept if p.name in self._outcomes and self._outcomes[p.name].changed_something]
 
     def _names(self, stage: Stage) -> list[str]:
         return [p.name for p in self.passes if p.stage is stage]
@@ -141,7 +147,7 @@ class Pipeline:
         self._note(start, program)
         if not self._each or judged is None:
             return
-        start.verified, complaint = _judged(judged, program)
+        start.verified, complaint = judged_safely(judged, program)
         self._last_check = start.verified
         if complaint is not None:
             raise VerificationError(
@@ -163,16 +169,17 @@ class Pipeline:
             if noted:
                 self._note(outcome, result)
             require(rewriter, outcome)
-            self._insist(outcome)
+            if noted:
+                self._insist(outcome)
             if not noted or self._is_right(rewriter, result, outcome, judged):
                 program = result
         return program
 
     def _is_right(self, rewriter: Pass[Any], result: Program, outcome: Outcome, judged: Judged | None) -> bool:
         """Whether a pass may stay; drops it if not."""
-        if not self._each or judged is None or outcome.matched == 0:
+        if not self._each or judged is None or not outcome.changed_something:
             return True
-        outcome.verified, complaint = _judged(judged, result)
+        outcome.verified, complaint = judged_safely(judged, result)
         if complaint is not None:
             self.drop(rewriter, complaint)
             return False
@@ -182,14 +189,17 @@ class Pipeline:
     def _note(self, outcome: Outcome, program: Program) -> None:
         """Keep an outcome with the graph that it led to, as text and as what a step on it costs."""
         outcome.listing = listing(program)
-        outcome.step = step_cost(program, batch=self.policy.batch, context=self._context)
+        try:
+            outcome.step = step_cost(program, batch=self.policy.batch, context=self._context)
+        except Exception as error:  # a report with a gap is better than no model
+            log.warning("the step after %s could not be costed: %s", outcome.name, first_line(error))
         trace(outcome.name, lambda: "\n".join(line.text for line in outcome.listing))
         self._outcomes[outcome.name] = outcome
 
     def _insist(self, outcome: Outcome) -> None:
         if not self.policy.strict or outcome.is_complete:
             return
-        left = [spot.reason for spot in (*outcome.refused, *outcome.near)[:3]]
+        left = [outcome.dropped] if outcome.dropped else [spot.reason for spot in (*outcome.refused, *outcome.near)[:3]]
         raise RewriteError(
             f"{outcome.name} matched {outcome.matched} of {outcome.expected} places "
             f"({'; '.join(left) or 'no site was found'}), and strict=True asks for all"
@@ -212,9 +222,9 @@ class Pipeline:
         self._outcomes[rewriter.name].dropped = why
 
 
-def _judged(judge: Judged, program: Program) -> Verdict:
+def judged_safely(judge: Callable[[Subject], Verdict], subject: Subject) -> Verdict:
     """A graph that cannot even be run is as wrong as one with another result."""
     try:
-        return judge(program)
+        return judge(subject)
     except Exception as error:
         return Check("", float("inf"), 0.0), f"the graph fails when run ({type(error).__name__}: {first_line(error)})"

@@ -7,6 +7,7 @@ a laptop; nothing is computed, so nothing is verified or compiled.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,19 +91,21 @@ def _explained(
 
 def _config(model: Any) -> PretrainedConfig:
     if isinstance(model, PreTrainedModel):
-        return model.config
+        return copy.deepcopy(model.config)  # transformers writes into the config that it makes a model from
     if isinstance(model, PretrainedConfig):
-        return model
+        return copy.deepcopy(model)
     if not isinstance(model, (str, Path)):
         raise InvalidRequestError(f"a {type(model).__name__} was given; give a config, a model, or where a config is")
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever is in the file
         raise InvalidRequestError(f"no config can be read from {model}: {first_line(error)}") from error
 
 
 def _made(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    if getattr(config, "quantization_config", None) is not None:
+        raise InvalidRequestError("the config is of a quantised model; only plain float weights are supported so far")
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
-    except ValueError as error:
+    except Exception as error:  # whatever the config holds
         raise InvalidRequestError(f"{type(config).__name__} is of no causal LM: {first_line(error)}") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 INPUT_IDS = "input_ids"  # [B, S]
@@ -154,5 +154,4 @@ class Program:
         new_output = next(iter(reversed(graph.nodes)))
         new_output.meta = copy.copy(self.output().meta)
         # Its Python code is written when it is first run: most copies are only read and edited.
-        with _use_lazy_graph_module(True):
-            return replace(self, gm=_make_graph_module(self.gm, graph, class_name="CausalLM"))
+        return replace(self, gm=_LazyGraphModule(self.gm, graph, class_name="CausalLM"))

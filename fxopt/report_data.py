@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -69,7 +70,7 @@ class ReportData:
         return {"schema": SCHEMA, **data}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(finite(self.to_dict()), indent=2)
 
     def _index(self, name: str) -> int:
         names = [stage.name for stage in self.stages]
@@ -78,3 +79,14 @@ class ReportData:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
             raise InvalidRequestError(f"the report has no pass named {name!r}; {hint}")
         return names.index(name)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no word for inf and nan; they go as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import html
 import json
-import math
 import re
 from collections.abc import Hashable
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from typing import Any
 from fxopt.changes import Group
 from fxopt.listing import Line
 from fxopt.outcome import Check, Outcome, Spot
-from fxopt.report_data import PASS_STAGES, ReportData
+from fxopt.report_data import PASS_STAGES, ReportData, finite
 from fxopt.report_text import as_text
 
 #: The page's script in reading order; together they are one module, so each may call the others.
@@ -63,18 +62,7 @@ def _digest(text: str) -> str:
 
 def _json(data: object) -> str:
     """JSON that may stand inside a script element, whatever it says."""
-    return json.dumps(_finite(data), separators=(",", ":"), allow_nan=False).translate(_UNSAFE)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for inf and nan; they go as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    return json.dumps(finite(data), separators=(",", ":"), allow_nan=False).translate(_UNSAFE)
 
 
 def _data(report: ReportData) -> dict[str, Any]:

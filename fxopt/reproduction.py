@@ -80,7 +80,9 @@ def _model_lines(model: PreTrainedModel) -> list[str]:
     dtype = str(model.dtype)
     name = str(model.name_or_path or "")
     if name and Path(name).is_dir() and (Path(name) / "config.json").exists():
-        load = f"AutoModelForCausalLM.from_pretrained({str(Path(name).resolve())!r}, dtype={dtype}).eval()"
+        folder = repr(str(Path(name).resolve()))
+        load = f"AutoModelForCausalLM.from_pretrained({folder}, dtype={dtype}, trust_remote_code=False)"
+        load += f".eval().to({str(model.device)!r})"
         return ["import torch", "from transformers import AutoModelForCausalLM", "", f"model = {load}"]
     config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
     return [
@@ -93,7 +95,7 @@ def _model_lines(model: PreTrainedModel) -> list[str]:
         f"config = json.loads({config!r})",
         f"config = AutoConfig.for_model({model.config.model_type!r}, "
         '**{name: value for name, value in config.items() if name != "model_type"})',
-        f"model = AutoModelForCausalLM.from_config(config, dtype={dtype}).eval()",
+        f"model = AutoModelForCausalLM.from_config(config, dtype={dtype}).eval().to({str(model.device)!r})",
     ]
 
 
@@ -101,7 +103,10 @@ def _check_source(check: Callable[[Any], bool]) -> str:
     """The user's check if its source stands by itself."""
     if isinstance(check, SameTokens):
         return check.source()
-    if not inspect.isfunction(check) or inspect.getclosurevars(check).nonlocals:
+    if not inspect.isfunction(check):
+        return _NOT_WRITTEN
+    outside = inspect.getclosurevars(check)
+    if outside.nonlocals or outside.globals.keys() - {"torch", "fxopt"}:
         return _NOT_WRITTEN
     try:
         source = textwrap.dedent(inspect.getsource(check)).rstrip()

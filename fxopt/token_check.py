@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,7 +84,11 @@ def verify(
 
     ``prompts`` are texts (with a ``tokenizer``) or rows of token ids.
     """
+    if batch_size < 1:
+        raise InvalidRequestError(f"batch_size={batch_size} is too small; give at least 1")
     texts, rows = _rows(prompts, tokenizer)
+    if not all(rows):
+        raise InvalidRequestError("a prompt is empty; give at least one token each")
     if not rows:
         raise InvalidRequestError("there are no prompts to verify with; give at least one")
     checks: list[PromptCheck] = []
@@ -144,9 +148,11 @@ def _rows(prompts: Any, tokenizer: Any) -> tuple[list[str], list[list[int]]]:
         prompts = [prompts]
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
         raise InvalidRequestError(f"prompts={prompts!r}: give texts, or rows of token ids")
     prompts = list(prompts)
+    if not all(isinstance(prompt, (str, Iterable)) for prompt in prompts):
+        raise InvalidRequestError(f"prompts={prompts!r}: give texts, or rows of token ids")
     if not any(isinstance(prompt, str) for prompt in prompts):
         rows = [[int(token) for token in prompt] for prompt in prompts]
         return [f"{len(row)} tokens" for row in rows], rows

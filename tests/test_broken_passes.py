@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ import fxopt
 from fxopt.errors import VerificationError
 from fxopt.families import tiny
 from fxopt.passes import PASSES
+from fxopt.program import Program
 from fxopt.rewrite import Pass
 
 aten = torch.ops.aten
@@ -152,3 +155,39 @@ def test_near_misses_name_the_layers() -> None:
     assert (report["fuse_qkv"].expected, report["fuse_qkv"].matched) == (3, 2)
     assert [(spot.layer, "has a bias" in spot.reason) for spot in report["fuse_qkv"].refused] == [(1, True)]
     assert "fuse_qkv, layer 1, " in str(report)
+
+
+@dataclass(frozen=True)
+class WrongAtTheEnd(Pass[Any]):
+    """Matches nothing and edits the whole graph."""
+
+    name = "wrong_at_the_end"
+    summary = "broken"
+
+    def find(self, program: Program) -> Iterator[Any]:
+        yield from ()
+
+    def finish(self, program: Program, matched: int) -> None:
+        logits = program.logits()
+        with program.graph.inserting_after(logits):
+            negative = program.graph.call_function(aten.neg.default, (logits,))
+        logits.replace_all_uses_with(negative, delete_user_cb=lambda user: user is not negative)
+
+
+@pytest.mark.parametrize("verify", ["final", "each"])
+def test_a_pass_without_sites_is_judged_too(verify: Any) -> None:
+    stock = tiny("llama")
+    with pytest.warns(UserWarning, match="with wrong_at_the_end applied, .*logits"):
+        fast = fxopt.optimize(stock, MAX_LEN, passes=[*PASSES, WrongAtTheEnd()], backend="eager", verify=verify)
+    assert tokens(fast) == tokens(stock)
+
+
+def test_the_report_is_about_the_decode_graph_that_runs() -> None:
+    """What a dropped decode pass did is not in the stages behind it."""
+    stock = tiny("llama")
+    with pytest.warns(UserWarning, match="with wrong_in_decode applied"):
+        fast = fxopt.optimize(stock, MAX_LEN, passes=[WrongInDecode(), "matvec"], backend="eager")
+    report = fast.fxopt.report
+    assert report["wrong_in_decode"].dropped
+    running = len(fast.fxopt.graphs["decode"].graph.nodes)
+    assert report["matvec"].nodes_after == running

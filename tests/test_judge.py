@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from fxopt.distance import FACTOR, FLOOR, PLAUSIBLE, WITHOUT_TRUTH, difference, relative_error, token_difference
+from fxopt.distance import (
+    FACTOR,
+    FLOOR,
+    PLAUSIBLE,
+    WITHOUT_TRUTH,
+    Rounding,
+    difference,
+    relative_error,
+    token_difference,
+)
 from fxopt.families import FAMILIES, tiny
 from fxopt.scenarios import PROMPT, answered
 from fxopt.wide import WIDER, wide
@@ -120,7 +130,7 @@ def test_how_far_off_is_too_far(dtype: torch.dtype) -> None:
         stock = off_by(ROWS, own, dtype).to(dtype)
         distance = relative_error(stock, truth) / eps
         noisy = off_by(ROWS, ours * distance, dtype, seed=3).to(wider)
-        found = difference("", distance * eps, noisy, stock, truth)
+        found = difference("", distance * eps, Rounding(dtype), noisy, stock, truth)
         assert found.allowed == pytest.approx(max(FACTOR * distance, FLOOR) * eps, rel=1e-3)
         return found.share
 
@@ -131,9 +141,12 @@ def test_how_far_off_is_too_far(dtype: torch.dtype) -> None:
 def test_without_a_truth_the_stock_model_is_it() -> None:
     """Float64 has nothing wider; a model whose choices rounding turns over is no measure of distance."""
     stock = ROWS.clone()
-    assert difference("", 0.0, off_by(ROWS, 1, torch.float64), stock, stock).allowed == WITHOUT_TRUTH[torch.float64]
+    assert (
+        difference("", 0.0, Rounding(torch.float64, False), off_by(ROWS, 1, torch.float64), stock, stock).allowed
+        == WITHOUT_TRUTH[torch.float64]
+    )
     far = off_by(ROWS, 64, torch.bfloat16).to(torch.bfloat16)
-    found = difference("", relative_error(far, ROWS), far.clone(), far, ROWS.float())
+    found = difference("", relative_error(far, ROWS), Rounding(torch.bfloat16), far.clone(), far, ROWS.float())
     assert found.error == 0.0
     assert found.allowed == PLAUSIBLE[torch.bfloat16]
 
@@ -151,6 +164,39 @@ def test_a_model_that_runs_in_no_other_dtype(dtype: torch.dtype, monkeypatch: py
     checks = [stage.verified for stage in fast.fxopt.report.stages if stage.verified]
     assert checks
     assert {c.allowed for c in checks if not c.where.startswith("greedy")} <= {WITHOUT_TRUTH[dtype]}
+
+
+def test_a_model_that_widens_its_logits() -> None:
+    """Float32 logits of a bfloat16 model carry the noise of bfloat16."""
+    import fxopt
+
+    model: Any = tiny("llama", torch.bfloat16)
+    forward = type(model).forward
+
+    class Widening(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = forward(self, *args, **kwargs)
+            output.logits = output.logits.float()
+            return output
+
+    Widening.forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    model.__class__ = Widening
+    fast = fxopt.optimize(model, 100, backend="eager", verify="each")
+    assert not [stage.name for stage in fast.fxopt.report.passes if stage.dropped]
+
+
+@pytest.mark.parametrize("max_len", [2, 3, 5, 20])
+def test_a_pass_that_is_wrong_for_several_tokens_only(max_len: int) -> None:
+    """However short the limit is, more than one token is fed at once wherever two fit."""
+    cases = answered(tiny("llama", num_hidden_layers=1), batch=1, far_batch=1, max_len=max_len)
+    lengths = [end - start for case in cases for start, end in case.scenario.feeds]
+    assert max(lengths) > 1 or max_len == 2
+    assert 1 in lengths
+
+
+def test_one_sequence_is_padded_too() -> None:
+    case = next(answered(tiny("llama", num_hidden_layers=1), batch=1, far_batch=1, max_len=100))
+    assert 0 < int((case.scenario.mask == 0).sum()) < PROMPT
 
 
 def test_numbers_that_are_none() -> None:
@@ -178,7 +224,7 @@ def test_a_token_may_differ_only_where_it_hardly_matters() -> None:
         truth[0, 4] = second_best
         ours = truth.float()
         ours[0, 4] = 5.1
-        return token_difference("", 1e-6, ours, truth.float(), truth).share
+        return token_difference("", 1e-6, Rounding(torch.float32), ours, truth.float(), truth).share
 
     assert share(5.0 - 1e-6) < 1
     assert share(4.9) > 1

@@ -91,7 +91,14 @@ def test_as_data(stock: Any, fast: Any) -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "words"),
-    [([], "no prompts"), (["some text"], "no tokenizer was given"), (5, "give texts, or rows of token ids")],
+    [
+        ([], "no prompts"),
+        (["some text"], "no tokenizer was given"),
+        (5, "give texts, or rows of token ids"),
+        ([1, 2, 3], "give texts, or rows of token ids"),
+        ({"input_ids": [[1]]}, "give texts, or rows of token ids"),
+        ([[]], "a prompt is empty"),
+    ],
 )
 def test_prompts_that_are_none(stock: Any, fast: Any, prompts: Any, words: str) -> None:
     with pytest.raises(fxopt.InvalidRequestError, match=words):
