@@ -1,8 +1,10 @@
 """fxopt: rewrite a Hugging Face causal LM's graph for static, fast generation."""
 
+from fxopt import dynamo_backend
 from fxopt.api import optimize
 from fxopt.culprit import Culprit, bisect
 from fxopt.errors import (
+    ArtifactError,
     CaptureError,
     FxoptError,
     InvalidRequestError,
@@ -10,6 +12,7 @@ from fxopt.errors import (
     RewriteError,
     VerificationError,
 )
+from fxopt.loading import load
 from fxopt.only import Only
 from fxopt.preview import explain
 from fxopt.registry import register, unregister
@@ -20,6 +23,7 @@ from fxopt.views import Miss
 
 __version__ = "0.1.0"
 __all__ = [
+    "ArtifactError",
     "CaptureError",
     "Culprit",
     "FxoptError",
@@ -36,7 +40,9 @@ __all__ = [
     "VerificationError",
     "__version__",
     "bisect",
+    "dynamo_backend",
     "explain",
+    "load",
     "optimize",
     "register",
     "unregister",

@@ -12,17 +12,15 @@ from transformers import PreTrainedModel
 
 from fxopt.capture import position_limit
 from fxopt.errors import InvalidRequestError
-from fxopt.lower import BACKENDS
+from fxopt.lower import BACKENDS, COMPILES
 from fxopt.model import FastModel
 from fxopt.registry import Placed, catalogue, ordered
+from fxopt.request import VERIFICATIONS, Request
 from fxopt.rewrite import Pass
 
 Selection = str | Iterable[str | Pass[Any] | type[Pass[Any]]] | Mapping[str, Any] | None
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-#: When a rewritten graph is compared with the stock model.
-VERIFICATIONS = ("final", "each", "off")
 
 #: Names for whole selections: whether a pass is in it.
 PRESETS: dict[str, Callable[[Pass[Any]], bool]] = {
@@ -31,25 +29,27 @@ PRESETS: dict[str, Callable[[Pass[Any]], bool]] = {
 }
 
 
-def admit(model: Any, *, max_len: Any, max_batch: Any, chunk: Any, backend: Any, verify: Any) -> None:
+def admit(model: Any, request: Request) -> None:
     """Raise a sentence if the request cannot be served."""
-    admit_request(model, max_len=max_len, max_batch=max_batch, chunk=chunk, backend=backend, verify=verify)
+    admit_request(model, request)
     _admit_values(model)
 
 
-def admit_request(model: Any, *, max_len: Any, max_batch: Any, chunk: Any, backend: Any, verify: Any) -> None:
+def admit_request(model: Any, request: Request) -> None:
     """The same for a model that may have no values: all but running it."""
     _admit_model(model)
-    _admit_number("max_len", max_len, at_least=2)
-    _admit_number("chunk", chunk, at_least=2)
-    if max_batch is not None:
-        _admit_number("max_batch", max_batch, at_least=1)
-    _admit_choice("backend", backend, BACKENDS)
-    _admit_choice("verify", verify, VERIFICATIONS)
+    _admit_number("max_len", request.max_len, at_least=2)
+    _admit_number("chunk", request.chunk, at_least=2)
+    for name in ("max_batch", "max_cache_bytes"):
+        if getattr(request, name) is not None:
+            _admit_number(name, getattr(request, name), at_least=1)
+    _admit_choice("backend", request.backend, BACKENDS)
+    _admit_choice("compile", request.compile, COMPILES)
+    _admit_choice("verify", request.verify, VERIFICATIONS)
     limit = position_limit(model)
-    if limit is not None and max_len > limit:
+    if limit is not None and request.max_len > limit:
         raise InvalidRequestError(
-            f"max_len={max_len} is above the {limit} positions that {type(model).__name__} was made for; "
+            f"max_len={request.max_len} is above the {limit} positions that {type(model).__name__} was made for; "
             f"ask for at most {limit}"
         )
 

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
-from fxopt.capture import capture
+from fxopt.artifact.keys import Recipe
 from fxopt.engine import Engine, Limits
 from fxopt.errors import LoweringError, VerificationError, first_line
 from fxopt.judge import Judge
-from fxopt.lower import Backend, Lowered, lower
+from fxopt.lower import Backend, Compile, Lowered, lower
 from fxopt.model import make_fast
 from fxopt.outcome import Check
 from fxopt.pipeline import Pipeline, Policy, judged_safely
-from fxopt.program import Program, whole_windows
+from fxopt.program import Program
 from fxopt.progress import Progress
+from fxopt.request import Request, Verify
 from fxopt.rewrite import Pass
 from fxopt.specialise import Role
 from fxopt.weights import pack, packed_bytes
 
-Verify = Literal["final", "each", "off"]
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks of ``optimize``, apart from the model and the passes."""
-
-    max_len: int
-    max_batch: int | None = None
-    backend: Backend = "inductor"
-    verify: Verify = "final"
-    strict: bool = False
-    chunk: int = 256
 
 
 def optimize(
@@ -50,23 +39,29 @@ def optimize(
     verify: Verify = "final",
     strict: bool = False,
     chunk: int = 256,
+    compile: Compile = "auto",
+    max_cache_bytes: int | None = None,
 ) -> Model:
     """A second face of ``model`` that generates the same tokens faster.
 
     ``max_len`` is the longest prompt and answer together. ``passes`` selects rewrites: names, a
     mapping such as ``{"fuse_qkv": False}``, pass objects, or a preset ("default", "minimal").
-    ``max_batch`` bounds the batch; None leaves it open, and each new batch size compiles once.
+    ``max_batch`` bounds the batch; None leaves it open. One sequence has graphs of its own, any
+    other number shares one set: compiled now where ``max_batch`` names a number, else on first use.
     ``verify="final"`` compares with the stock model before anything is handed out: a pass that
     changes the result is dropped with a warning, or raises under ``strict=True``; "each" compares
     after every pass and reports it; "off" trusts. Prompts are fed in chunks of ``chunk`` tokens.
+    ``compile="layer"`` compiles layers that are alike once, "whole" compiles the graph as one, and
+    "auto" chooses by depth. ``max_cache_bytes`` bounds the memory of all caches together.
     The stock model stays as it is.
     """
-    admit(model, max_len=max_len, max_batch=max_batch, chunk=chunk, backend=backend, verify=verify)
+    request = Request(max_len, max_batch, backend, verify, strict, chunk, compile, max_cache_bytes)
+    admit(model, request)
     selected = select(passes)
     progress = Progress()
     with progress.step("capture"):
-        captured = capture(model, max_len=max_len, capacity=whole_windows(max_len), backend=backend)
-    return build(model, captured, selected, Request(max_len, max_batch, backend, verify, strict, chunk), progress)
+        captured = request.captured(model)
+    return build(model, captured, selected, request, progress)
 
 
 @torch.inference_mode(False)  # weights re-seated in that mode could not be trained afterwards
@@ -86,11 +81,11 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         pipeline.program = pack(pipeline.program)
         report.packed_bytes = packed_bytes(pipeline.program)
 
-    engine = _compiled(pipeline, request.backend, Limits(request.chunk, request.max_batch), progress)
+    engine = _compiled(pipeline, request.backend, request.limits, progress)
     if judge is not None:
         with progress.step("verify the compiled code"):
-            engine, check = _verified(judge, engine, pipeline, request.backend, progress)
-        report.checks.append(check)
+            engine, checks = _verified(judge, engine, pipeline, request.backend, progress)
+        report.checks += checks
     for role in (engine.prefill_role(batch), engine.decode_role(batch)):
         lowered = engine.lowered(role)
         if lowered.proof is not None:
@@ -99,45 +94,59 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
             report.launches[role.name] = lowered.launches
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
-    return make_fast(model, engine, pipeline.program, report)
+    recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)
+    symbolic = pipeline.program
+    return make_fast(model, engine, lambda: symbolic, report, recipe)
 
 
 def _compiled(pipeline: Pipeline, backend: Backend, limits: Limits, progress: Progress) -> Engine:
     """An engine whose prefill and decode graphs are compiled; other batch sizes follow on first use."""
 
-    def source(role: Role) -> Lowered:
-        program = pipeline.specialised(role)
-        try:
-            return lower(program, backend)
-        except RuntimeError as error:
-            raise LoweringError(
-                f"{backend} failed to compile the {role.name} graph for batch {role.batch}: {first_line(error)} "
-                'Inductor needs a C++ compiler (g++); backend="aot_eager" does without'
-            ) from error
-
-    engine = Engine(pipeline.program.facts, source, limits)
-    batch = limits.max_batch or 1
-    for role in (engine.prefill_role(batch), engine.decode_role(batch)):
-        with progress.step(f"compile {role.name}"):
+    engine = Engine(pipeline.program.facts, functools.partial(compiled_graph, pipeline, backend), limits)
+    for role in engine.first_roles():
+        with progress.step(f"compile {role.name} for {role.sequences}"):
             engine.lowered(role)
     return engine
 
 
+def compiled_graph(pipeline: Pipeline, backend: Backend, role: Role) -> Lowered:
+    """The graph of a role, ready to run."""
+    program = pipeline.specialised(role)
+    try:
+        return lower(program, backend, layered=program.facts.layered)
+    except RuntimeError as error:
+        raise LoweringError(
+            f"{backend} failed to compile the {role.name} graph for {role.sequences}: {first_line(error)} "
+            'Inductor needs a C++ compiler (g++); backend="aot_eager" does without'
+        ) from error
+
+
 def _verified(
     judge: Judge, engine: Engine, pipeline: Pipeline, backend: Backend, progress: Progress
-) -> tuple[Engine, Check]:
+) -> tuple[Engine, list[Check]]:
     """Compare the compiled code with the stock model; find a decode pass that spoils it by trying without."""
-    check, complaint = judged_safely(judge.engine, engine)
+    checks, complaint = _judged(judge, engine)
     if complaint is None:
-        return engine, check
+        return engine, checks
     for suspect in pipeline.decode_passes():
         trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress)
-        check, remaining = judged_safely(judge.engine, trial)
+        checks, remaining = _judged(judge, trial)
         if remaining is None:
             pipeline.drop(suspect, complaint)
             pipeline.forget_decode()  # so that the report is about the graph that runs
-            return _compiled(pipeline, backend, engine.limits, progress), check
+            return _compiled(pipeline, backend, engine.limits, progress), checks
     raise VerificationError(
         f"the graphs agree with the stock model, but compiled by {backend} they do not: {complaint}. "
         'Try backend="aot_eager", and report it.'
     )
+
+
+def _judged(judge: Judge, engine: Engine) -> tuple[list[Check], str | None]:
+    """A check for every batch that has compiled graphs of its own, up to the first that fails."""
+    checks = []
+    for batch in sorted({1, engine.limits.max_batch or 1}, reverse=True):
+        check, complaint = judged_safely(functools.partial(judge.engine, batch=batch), engine)
+        checks.append(check)
+        if complaint is not None:
+            return checks, complaint
+    return checks, None

@@ -1,7 +1,8 @@
 """The cache that ``generate`` holds while the compiled graphs write into it.
 
-Buffers are allocated once per batch size and never move. A handle borrows one set; when the
-handle is garbage-collected the set goes back, so every live cache has buffers of its own.
+Buffers are allocated once and never move. A handle borrows one set; when the handle is
+garbage-collected the set goes back, so every live cache has buffers of its own. Sets come in sizes
+of 1, 2, 4, 8 … sequences, and a batch uses the first rows of the smallest that holds it.
 """
 
 from __future__ import annotations
@@ -9,60 +10,120 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from fxopt.errors import InvalidRequestError
+from fxopt.errors import CacheMemoryError, InvalidRequestError, first_line
 from fxopt.program import Facts
 
 
 class BufferSet:
-    """Static K and V buffers of every layer for one batch size, and the mask over their rows."""
+    """Static K and V buffers of every layer for up to ``size`` sequences, and the mask over their rows."""
 
-    def __init__(self, facts: Facts, batch: int) -> None:
+    def __init__(self, facts: Facts, size: int) -> None:
         like: dict[str, Any] = {"dtype": facts.dtype, "device": facts.device}
-        shapes = [layer.shapes(batch, facts.capacity) for layer in facts.layers]
+        shapes = [layer.shapes(size, facts.capacity) for layer in facts.layers]
         with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
             # Zeros, because a masked row still enters the sum: 0 * NaN is NaN.
             self.keys = [torch.zeros(key, **like) for key, _ in shapes]
             self.values = [torch.zeros(value, **like) for _, value in shapes]
-            self.mask = torch.zeros(batch, facts.capacity, dtype=torch.long, device=facts.device)
-        self.batch = batch
-        self.nbytes = sum(t.nbytes for t in (*self.keys, *self.values, self.mask))
+            self.mask = torch.zeros(size, facts.capacity, dtype=torch.long, device=facts.device)
+            self.turn = Turn(size, facts.device)
+        self.size = size
+        self.nbytes = buffer_bytes(facts, size)
 
     def clear(self) -> None:
         for tensor in (*self.keys, *self.values, self.mask):
             tensor.zero_()
 
 
-class BufferPool:
-    """Buffer sets that no cache is using, by batch size."""
+class Turn:
+    """What changes from one decode step to the next, and the steps that are bound to these addresses."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(size, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(size, 1, dtype=torch.long, device=device)
+        self.row = torch.zeros(1, dtype=torch.long, device=device)
+        self.bound: dict[Hashable, Callable[[], Tensor]] = {}
+
+
+def buffer_bytes(facts: Facts, size: int) -> int:
+    """Memory of the buffers for ``size`` sequences."""
+    per_row = sum(heads * dim for layer in facts.layers for _, heads, _, dim in layer.shapes(1, 1))
+    return size * facts.capacity * (per_row * facts.dtype.itemsize + torch.long.itemsize)
+
+
+class BufferPool:
+    """Buffer sets that no cache is using, by size."""
+
+    def __init__(self, facts: Facts, *, largest: int | None = None, most_bytes: int | None = None) -> None:
         self._facts = facts
-        self._free: dict[int, list[BufferSet]] = defaultdict(list)
+        self._largest = largest
+        self._most_bytes = most_bytes
+        self._idle: dict[int, list[BufferSet]] = defaultdict(list)
         self._lock = threading.RLock()  # a collection inside `borrow` may end in `give_back`
+        self._lent = 0
         self.nbytes = 0
 
+    def size_for(self, batch: int) -> int:
+        """The size of the sets that a batch is put into."""
+        power = 1 << (batch - 1).bit_length()
+        return power if self._largest is None else max(batch, min(power, self._largest))
+
     def borrow(self, batch: int) -> BufferSet:
+        size = self.size_for(batch)
         with self._lock:
-            if self._free[batch]:
-                return self._free[batch].pop()
-            buffers = BufferSet(self._facts, batch)
-            self.nbytes += buffers.nbytes
+            buffers = self._idle[size].pop() if self._idle[size] else self._allocated(size)
+            self._lent += buffers.nbytes
             return buffers
 
     def give_back(self, buffers: BufferSet) -> None:
         buffers.clear()
         with self._lock:
-            self._free[buffers.batch].append(buffers)
+            self._lent -= buffers.nbytes
+            self._idle[buffers.size].append(buffers)
+
+    def release(self) -> int:
+        """Let go of every set that no cache is using; returns the bytes."""
+        with self._lock:
+            freed = sum(buffers.nbytes for idle in self._idle.values() for buffers in idle)
+            self._idle.clear()
+            self.nbytes -= freed
+            return freed
+
+    def _allocated(self, size: int) -> BufferSet:
+        needed = buffer_bytes(self._facts, size)
+        if self._most_bytes is not None and self.nbytes + needed > self._most_bytes:
+            self.release()
+            if self._lent + needed > self._most_bytes:
+                raise CacheMemoryError(
+                    self._sentence(size, needed, f"max_cache_bytes={self._most_bytes:,} allows less")
+                )
+        try:
+            buffers = BufferSet(self._facts, size)
+        except (RuntimeError, MemoryError):
+            self.release()  # sets of other sizes may be in the way
+            try:
+                buffers = BufferSet(self._facts, size)
+            except (RuntimeError, MemoryError) as error:
+                raise CacheMemoryError(self._sentence(size, needed, first_line(error))) from error
+        self.nbytes += buffers.nbytes
+        return buffers
+
+    def _sentence(self, size: int, needed: int, why: str) -> str:
+        return (
+            f"a cache for {size} sequences of {self._facts.max_len} tokens takes {needed:,} bytes, and "
+            f"{self._lent:,} bytes are in caches that are still held, but {why}. Let go of caches that are no longer "
+            "needed (del outputs), use smaller batches, or optimise with a smaller max_len"
+        )
 
 
 class BufferCache(Cache):
-    """A Hugging Face cache over one buffer set.
+    """A Hugging Face cache over the first ``batch`` sequences of one buffer set.
 
     The length is a host integer, so asking for it never waits for a device. ``is_compileable`` is
     False to keep ``generate`` from compiling and masking for itself.
@@ -71,16 +132,21 @@ class BufferCache(Cache):
     def __init__(self, pool: BufferPool, facts: Facts, batch: int) -> None:
         self.buffers = pool.borrow(batch)
         self.pool = pool
+        self.batch = batch
         self._facts = facts
-        pairs = zip(self.buffers.keys, self.buffers.values, strict=True)
+        self.keys = [buffer[:batch] for buffer in self.buffers.keys]
+        self.values = [buffer[:batch] for buffer in self.buffers.values]
+        self.mask = self.buffers.mask[:batch]
+        pairs = zip(self.keys, self.values, strict=True)
         super().__init__(layers=[StaticLayer(key, value, facts.max_len) for key, value in pairs])
-        weakref.finalize(self, pool.give_back, self.buffers).atexit = False
+        self._lease = weakref.finalize(self, pool.give_back, self.buffers)
+        self._lease.atexit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BufferCache:
         """The same contents in buffers of their own: how a prompt's cache is kept for several answers."""
-        twin = BufferCache(self.pool, self._facts, self.buffers.batch)
-        sources = (*self.buffers.keys, *self.buffers.values, self.buffers.mask)
-        targets = (*twin.buffers.keys, *twin.buffers.values, twin.buffers.mask)
+        twin = BufferCache(self.pool, self._facts, self.batch)
+        sources = (*self.keys, *self.values, self.mask)
+        targets = (*twin.keys, *twin.values, twin.mask)
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
         twin.advance(self.length)
@@ -98,23 +164,39 @@ class BufferCache(Cache):
     def record_mask(self, mask: Tensor | None, tokens: int) -> None:
         """Take over what the caller says about old rows and the next ``tokens`` ones."""
         if mask is None:
-            self.buffers.mask[:, : self.length + tokens] = 1  # no mask: everything may be attended to
+            self.mask[:, : self.length + tokens] = 1  # no mask: everything may be attended to
         else:
-            self.buffers.mask[:, : mask.shape[1]].copy_(mask)
+            self.mask[:, : mask.shape[1]].copy_(mask)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.buffers.mask.copy_(self.buffers.mask.index_select(0, beam_idx.to(self.buffers.mask.device)))
+        self.mask.copy_(self.mask.index_select(0, beam_idx.to(self.mask.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take(torch.arange(self.batch, device=self.mask.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(indices.to(self.mask.device))
+
+    def _take(self, sequences: Tensor) -> None:
+        """Go on with some of the sequences, in buffers for that many."""
+        length = self.length
+        kept = [t.index_select(0, sequences) for t in (*self.keys, *self.values, self.mask)]
+        self._lease()  # gives the buffers back
+        BufferCache.__init__(self, self.pool, self._facts, len(sequences))
+        for target, source in zip((*self.keys, *self.values, self.mask), kept, strict=True):
+            target.copy_(source)
+        self.advance(length)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         super().crop(tokens_to_remove)
-        self.buffers.mask[:, self.length :] = 0
+        self.mask[:, self.length :] = 0
 
     def rewind(self, length: int) -> None:
         """Forget everything from row ``length`` on, also after a step that ended half way."""
         for layer in self.layers:
             layer.length = length
-        self.buffers.mask[:, length:] = 0
+        self.mask[:, length:] = 0
 
     def reset(self) -> None:
         self.buffers.clear()

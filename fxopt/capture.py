@@ -31,7 +31,9 @@ BATCH, STEP, PAST = 2, 3, 5
 _lock = threading.Lock()
 
 
-def capture(model: PreTrainedModel, *, max_len: int, capacity: int, backend: str = "eager") -> Program:
+def capture(
+    model: PreTrainedModel, *, max_len: int, capacity: int, backend: str = "eager", compile: str = "whole"
+) -> Program:
     """Capture ``model`` once; its configuration is as it was, also after an error."""
     with _lock, _exportable(model), torch.no_grad():
         layers, dtype, output_class = _probe(model)
@@ -46,6 +48,7 @@ def capture(model: PreTrainedModel, *, max_len: int, capacity: int, backend: str
             grouped_layers=_count_grouped(model, layers),
             output_class=output_class,
             backend=backend,
+            compile=compile,
         )
         exported = _export(model, facts)
     return _program(exported, facts)

@@ -11,14 +11,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
-from fxopt.api import Request, build
-from fxopt.capture import capture
+from fxopt.api import build
 from fxopt.errors import InvalidRequestError, first_line
 from fxopt.lower import Backend
 from fxopt.only import Only
-from fxopt.program import Program, whole_windows
+from fxopt.program import Program
 from fxopt.progress import Progress
 from fxopt.reproduction import Reproduction
+from fxopt.request import Request
 from fxopt.rewrite import Pass
 from fxopt.smallest import smallest
 
@@ -70,15 +70,15 @@ def bisect(
     Nothing is verified meanwhile, so that the check is the only judge. Passes for compiled code
     (``fxopt passes`` marks them "decode") only act with ``backend="inductor"``.
     """
-    admit(model, max_len=max_len, max_batch=None, chunk=chunk, backend=backend, verify="off")
+    request = Request(max_len, backend=backend, verify="off", chunk=chunk)
+    admit(model, request)
     selected = select(passes)
     said = _fails(check, model)
     if said is not None:
         raise InvalidRequestError(f"the check fails on the stock model itself ({said}); no rewrite is to blame")
     progress = Progress()
     with progress.step("capture"):
-        captured = capture(model, max_len=max_len, capacity=whole_windows(max_len), backend=backend)
-    request = Request(max_len, backend=backend, verify="off", chunk=chunk)
+        captured = request.captured(model)
     trials = _Trials(model, check, captured, request, [p for p in selected if p.required], progress)
     optional = [p for p in selected if not p.required]
     if not trials.fail(optional):

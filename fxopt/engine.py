@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import BufferCache, BufferPool
+from fxopt.errors import InvalidRequestError
 from fxopt.lower import Lowered
 from fxopt.program import (
     ATTENTION_MASK,
@@ -23,7 +24,11 @@ from fxopt.program import (
     value_name,
     whole_windows,
 )
+from fxopt.replay import Replays
 from fxopt.specialise import Role
+
+#: Steps of up to this many tokens whose logits are all asked for are those of assisted decoding.
+LONGEST_DRAFT = 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Limits:
 
     chunk: int
     max_batch: int | None
+    max_cache_bytes: int | None = None
 
 
 class Engine:
@@ -40,8 +46,9 @@ class Engine:
     def __init__(self, facts: Facts, source: Callable[[Role], Lowered], limits: Limits) -> None:
         self.facts = facts
         self.limits = limits
-        self.pool = BufferPool(facts)
+        self.pool = BufferPool(facts, largest=limits.max_batch, most_bytes=limits.max_cache_bytes)
         self.stats: Counter[str] = Counter()
+        self.replays = Replays(facts.device)
         self._source = source
         self._lowered: dict[Role, Lowered] = {}
         self._lock = threading.RLock()
@@ -51,48 +58,145 @@ class Engine:
         return BufferCache(self.pool, self.facts, batch)
 
     def decode_role(self, batch: int) -> Role:
-        return Role("decode", batch, longest_step=1)
+        return Role("decode", _any_from_two(batch), longest_step=1)
 
-    def prefill_role(self, batch: int, *, all_logits: bool = False) -> Role:
-        return Role("score" if all_logits else "prefill", batch, self.limits.chunk, all_logits)
+    def prefill_role(self, batch: int) -> Role:
+        return Role("prefill", _any_from_two(batch), self.limits.chunk)
+
+    def score_role(self, batch: int, tokens: int) -> Role:
+        """The graph that gives the logits of every token: of a draft that is checked, or of a whole text."""
+        if tokens <= LONGEST_DRAFT < self.limits.chunk:
+            return Role("verify", _any_from_two(batch), LONGEST_DRAFT, all_logits=True)
+        return Role("score", _any_from_two(batch), self.limits.chunk, all_logits=True)
+
+    def first_roles(self) -> list[Role]:
+        """What is compiled before anybody asks: one sequence, and any number of them where a limit was named."""
+        batches = {1, self.limits.max_batch or 1}
+        return [role(batch) for batch in sorted(batches) for role in (self.prefill_role, self.decode_role)]
+
+    @property
+    def compiled(self) -> dict[Role, Lowered]:
+        """The graphs that are ready to run."""
+        with self._lock:
+            return dict(self._lowered)
 
     def lowered(self, role: Role) -> Lowered:
         """The graph of a role, compiled now if this is its first use."""
+        if role in self._lowered:
+            return self._lowered[role]
         with self._lock:
             if role not in self._lowered:
                 self._lowered[role] = self._source(role)
-                self.stats[f"compiled {role.name} for batch {role.batch}"] += 1
+                self.count(f"compiled {role.name} for {role.sequences}")
             return self._lowered[role]
 
+    def adopt(self, role: Role, graph: Lowered) -> None:
+        """Take a graph that is ready to run."""
+        with self._lock:
+            self._lowered[role] = graph
+            self.count(f"loaded {role.name} for {role.sequences}")
+
+    def count(self, event: str) -> None:
+        """Add one to a counter of ``stats``, from whatever thread."""
+        with self._lock:
+            self.stats[event] += 1
+
     @torch.no_grad()
-    def step(self, cache: BufferCache, input_ids: Tensor, positions: Tensor, *, last_only: bool) -> Tensor:
+    def step(self, cache: BufferCache, input_ids: Tensor, positions: Tensor, *, keep: int) -> Tensor:
         """Feed tokens chunk by chunk; the mask of the new rows is in the cache already.
 
-        ``input_ids`` and ``positions``: [B, S]. Returns logits [B, 1, V], or [B, S, V] for all.
+        ``input_ids`` and ``positions``: [B, S]. Returns logits [B, keep, V] of the last tokens.
         """
-        logits = []
-        for start in range(0, input_ids.shape[1], self.limits.chunk):
-            part = slice(start, start + self.limits.chunk)
-            logits.append(self._chunk(cache, input_ids[:, part], positions[:, part], last_only))
-        return logits[-1] if last_only else torch.cat(logits, dim=1)
+        front = input_ids.shape[1] - keep
+        if keep > 1 and front > 0:  # a prompt in front of a draft
+            self._chunks(cache, input_ids[:, :front], positions[:, :front], last_only=True)
+            input_ids, positions = input_ids[:, front:], positions[:, front:]
+        logits = self._chunks(cache, input_ids, positions, last_only=keep == 1)
+        return logits[-1] if keep == 1 else torch.cat(logits, dim=1)
+
+    def _chunks(self, cache: BufferCache, input_ids: Tensor, positions: Tensor, *, last_only: bool) -> list[Tensor]:
+        parts = zip(input_ids.split(self.limits.chunk, 1), positions.split(self.limits.chunk, 1), strict=True)
+        return [self._chunk(cache, tokens, places, last_only) for tokens, places in parts]
+
+    def decoding(self, cache: BufferCache, positions: Tensor) -> Decoding:
+        """Decode from here on, one token after the other; ``positions`` [B, 1] of the first."""
+        return Decoding(self, cache, positions)
 
     def _chunk(self, cache: BufferCache, input_ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
         batch, step = input_ids.shape
-        role = self.decode_role(batch) if step == 1 else self.prefill_role(batch, all_logits=not last_only)
+        if step == 1:
+            return self.decoding(cache, positions)(input_ids)
+        role = self.prefill_role(batch) if last_only else self.score_role(batch, step)
         graph = self.lowered(role)
         filled = cache.length + step
-        window = whole_windows(filled) if graph.windowed else self.facts.capacity
-        asked = self._rows[step - 1 : step] if not role.all_logits else self._rows[:step]
-        tensors = {
+        tensors = self.arguments(cache, graph, filled)
+        tensors |= {
             INPUT_IDS: input_ids.to(torch.long).contiguous(),  # compiled code reads the memory as it is
-            ATTENTION_MASK: cache.buffers.mask[:, :window].contiguous(),
             POSITION_IDS: positions.to(device=self.facts.device, dtype=torch.long).contiguous(),
             CACHE_POSITION: self._rows[cache.length : filled],
-            LOGIT_POSITIONS: asked,
+            LOGIT_POSITIONS: self._rows[:step] if role.all_logits else self._rows[step - 1 : step],
         }
-        for layer, (key, value) in enumerate(zip(cache.buffers.keys, cache.buffers.values, strict=True)):
-            tensors[key_name(layer)], tensors[value_name(layer)] = key, value
         logits = graph(tensors)
         cache.advance(step)
-        self.stats[role.name] += 1
+        self.count(role.name)
         return logits[:, -1:] if last_only and logits.shape[1] > 1 else logits
+
+    def arguments(self, cache: BufferCache, graph: Lowered, filled: int) -> dict[str, Tensor]:
+        """What a step reads that lies still: the buffers, and the mask over the window that is ``filled``."""
+        window = whole_windows(filled) if graph.windowed else self.facts.capacity
+        tensors = {ATTENTION_MASK: cache.mask[:, :window], LOGIT_POSITIONS: self._rows[:1]}
+        for layer, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            tensors[key_name(layer)], tensors[value_name(layer)] = key, value
+        return tensors
+
+
+class Decoding:
+    """A cache that is decoded token after token; everything that stays the same is looked up once per window."""
+
+    def __init__(self, engine: Engine, cache: BufferCache, positions: Tensor) -> None:
+        self._engine, self._cache = engine, cache
+        self._graph = engine.lowered(engine.decode_role(cache.batch))
+        self._window_end = 0
+        turn = cache.buffers.turn
+        self._tokens, self._row = turn.tokens[: cache.batch], turn.row
+        self._positions = turn.positions[: cache.batch]
+        self._positions.copy_(positions)
+        self._row.fill_(cache.length)
+        self._filled = cache.length
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits [B, 1, V] after ``tokens`` [B, 1]."""
+        row = self._filled
+        if row >= self._engine.facts.max_len:
+            raise InvalidRequestError(
+                f"the cache holds {row} tokens and one more was fed, but max_len is {self._engine.facts.max_len}; "
+                "call fxopt.optimize with a larger max_len"
+            )
+        if row >= self._window_end:
+            self._open_window(row + 1)
+        self._tokens.copy_(tokens)
+        logits = self._run()
+        self._positions.add_(1)
+        self._row.add_(1)
+        self._filled += 1
+        self._cache.advance(1)
+        self._engine.count("decode")
+        return logits
+
+    def _open_window(self, filled: int) -> None:
+        """Bind the step to the buffers and to a mask that covers ``filled`` rows."""
+        engine, cache, graph = self._engine, self._cache, self._graph
+        self._window_end = whole_windows(filled) if graph.windowed else engine.facts.capacity
+
+        def bind() -> Callable[[], Tensor]:
+            tensors = engine.arguments(cache, graph, filled)
+            turn = {INPUT_IDS: self._tokens, POSITION_IDS: self._positions, CACHE_POSITION: self._row}
+            return graph.bound(tensors | turn)
+
+        key = (cache.batch, self._window_end)
+        self._run = engine.replays.of(key, cache.buffers.turn.bound, bind)
+
+
+def _any_from_two(batch: int) -> int | None:
+    return 1 if batch == 1 else None

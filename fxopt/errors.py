@@ -30,6 +30,14 @@ class VerificationError(FxoptError, RuntimeError):
     """A rewritten graph does not compute what the stock model computes."""
 
 
+class CacheMemoryError(FxoptError, MemoryError):
+    """There is no memory for one more cache; those that are held go on working."""
+
+
+class ArtifactError(FxoptError, ValueError):
+    """A saved folder cannot be loaded: it is damaged, foreign, or made for something else."""
+
+
 def warn(sentence: str) -> None:
     """A warning that points at the user's line, however deep below it the reason was found."""
     depth, frame = 1, sys._getframe(1)

@@ -88,11 +88,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A tiny random model of one family, the same weights every time."""
+def tiny(family: str, dtype: torch.dtype = torch.float32, *, layers: int = 2, **overrides: Any) -> PreTrainedModel:
+    """A tiny random model of one family, the same weights every time. ``layers`` is even."""
     if family not in FAMILIES:
         raise InvalidRequestError(f"there is no tiny {family!r}; there are {', '.join(FAMILIES)}")
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **overrides})
+    config = AutoConfig.for_model(family, **{**_deep(FAMILIES[family], layers), **overrides})
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -102,3 +102,14 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> P
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _deep(settings: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The same with more layers, which each family counts under a name of its own."""
+    names = ("num_hidden_layers", "n_layer", "num_layers")
+    found: dict[str, Any] = {name: layers for name in names if name in settings}
+    if "layer_types" in settings:
+        found["layer_types"] = settings["layer_types"] * (layers // 2)
+    if "attention_types" in settings:
+        found["attention_types"] = [[kinds, layers // 2] for kinds, _ in settings["attention_types"]]
+    return settings | found

@@ -67,10 +67,10 @@ class Judge:
 
         return self._compare((batch, batch), fed, "the decode graph, in eager mode")
 
-    def engine(self, engine: Engine) -> Verdict:
-        """Judge an engine as it will run, at the batch size it was compiled for."""
-        batch = engine.limits.max_batch or 1
-        return self._compare((batch, batch), lambda scenario: _Static(engine, scenario), "the compiled code")
+    def engine(self, engine: Engine, batch: int) -> Verdict:
+        """Judge an engine as it will run, with the graphs that serve a batch of this size."""
+        what = f"the compiled code, batch {batch}"
+        return self._compare((batch, batch), lambda scenario: _Static(engine, scenario), what)
 
     @torch.no_grad()
     def _compare(self, batches: tuple[int, int], fed: Feeder, what: str) -> Verdict:
@@ -137,18 +137,18 @@ class _Static:
         self._engine = engine
         self._cache = engine.new_cache(scenario.tokens.shape[0])
         for layer in range(len(scenario.past.keys)):
-            buffers = self._cache.buffers.keys[layer], self._cache.buffers.values[layer]
+            buffers = self._cache.keys[layer], self._cache.values[layer]
             for buffer, past in zip(buffers, scenario.past.of(layer), strict=True):
                 buffer[:, :, : scenario.start].copy_(past)
         self._cache.advance(scenario.start)
 
     def feed(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         self._cache.record_mask(mask, tokens.shape[1])
-        return self._engine.step(self._cache, tokens, positions, last_only=True)[:, -1]
+        return self._engine.step(self._cache, tokens, positions, keep=1)[:, -1]
 
     def rows(self, start: int, end: int) -> tuple[list[Tensor], list[Tensor]]:
-        buffers = self._cache.buffers  # zeroed for the next user when the cache goes
-        keys, values = ([b[:, :, start:end].clone() for b in kind] for kind in (buffers.keys, buffers.values))
+        cache = self._cache  # its buffers are zeroed for the next user when it goes
+        keys, values = ([b[:, :, start:end].clone() for b in kind] for kind in (cache.keys, cache.values))
         return keys, values
 
 

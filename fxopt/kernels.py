@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -56,6 +56,7 @@ class Kernel:
     launch: Launch
     memories: Sequence[Memory]
     offsets: Sequence[int]
+    node: Node | None = None  # of the graph itself, not of a body that it wraps
 
     def reads(self) -> Iterator[tuple[Memory, object, int]]:
         """Each memory, a key for the window that is read of it, and the bytes."""
@@ -110,7 +111,10 @@ class _Walk:
             elif node.op == "output":
                 return torch.fx.map_arg(node.args[0], values.__getitem__)
             else:
+                before = len(self.step.kernels)
                 values[node] = self._value(node, values)
+                made = self.step.kernels[before:]
+                self.step.kernels[before:] = [replace(kernel, node=node) for kernel in made]
         return ()
 
     def _attribute(self, value: Any) -> Any:

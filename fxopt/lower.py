@@ -1,14 +1,15 @@
 """A specialised graph as something to call: Inductor, AOTAutograd alone, or plain FX.
 
-Weights and cache buffers are lifted to inputs of the compiled code. One compiled graph then serves
-every set of buffers, sees weights that are updated in place, and holds no memory of its own.
+Weights and cache buffers are inputs of the compiled code. One compiled graph then serves every set
+of buffers, sees weights that are updated in place, and holds no memory of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,12 +18,17 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
+from fxopt.chain import Chain, Code, Plan, Step
 from fxopt.in_place import InPlaceProof, prove_in_place
-from fxopt.program import ATTENTION_MASK, INPUT_IDS, Program
+from fxopt.outline import Region, outline
+from fxopt.program import ATTENTION_MASK, Program, key_name
 from fxopt.views import shape
 
 Backend = Literal["inductor", "aot_eager", "eager"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+Compile = Literal["auto", "layer", "whole"]
+COMPILES: tuple[str, ...] = get_args(Compile)
 
 _lock = threading.Lock()  # Inductor's configuration and tracing context are process-wide
 
@@ -31,87 +37,129 @@ _lock = threading.Lock()  # Inductor's configuration and tracing context are pro
 class Lowered:
     """A graph that runs; call it with one tensor per placeholder of its program."""
 
-    program: Program
-    call: Callable[..., Any]
-    inputs: tuple[str, ...]
+    source: Callable[[], Program]  # a saved graph is made when it is first asked for
+    call: Callable[..., Sequence[Tensor]]
+    plan: Plan
     weights: tuple[Tensor, ...]
     windowed: bool  # whether it takes a mask of any length, or one over the whole buffers
     proof: InPlaceProof | None = None
     launches: int | None = None  # kernels and library calls of one run, where the compiler says
 
+    @property
+    def program(self) -> Program:
+        """The graph that was compiled."""
+        return self.source()
+
     def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The logits."""
-        logits: Tensor = self.outputs(tensors)[0]
-        return logits
+        return self.outputs(tensors)[0]
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """Everything that the graph returns: the logits, and in the captured form keys and values."""
-        outputs: Sequence[Tensor] = self.call(*(tensors[name] for name in self.inputs), *self.weights)
-        return outputs
+        return self.call(*self._given(tensors))
+
+    def bound(self, tensors: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+        """The same call, to be made again and again on the same tensors."""
+        given = self._given(tensors)
+        return lambda: self.call(*given)[0]
+
+    def _given(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [*(tensors[name] for name in self.plan.inputs), *self.weights]
 
 
-def lower(program: Program, backend: Backend) -> Lowered:
-    """Compile one specialised program."""
-    module, inputs, weights = _lift(program)
-    examples = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    window = shape(program.placeholders()[ATTENTION_MASK])[1]
-    windowed = isinstance(window, torch.SymInt)
+def lower(program: Program, backend: Backend, *, layered: bool = False) -> Lowered:
+    """Compile one specialised program, in one piece or layer by layer."""
+    regions = outline(program, layered=layered and backend != "eager")
+    plan, distinct = planned(program, regions)
+    weights = tuple(program.weight(name) for name in plan.weights)
+    windowed = isinstance(shape(program.placeholders()[ATTENTION_MASK])[1], torch.SymInt)
     if backend == "eager":
-        return Lowered(program, module, inputs, weights, windowed)
+        return Lowered(lambda: program, Chain(plan, [distinct[0].module]), plan, weights, windowed)
+    with compiling(program):
+        compiled = [_compiled(region, backend) for region in distinct]
+    chain = Chain(plan, [piece.call for piece in compiled])
+    if not all(piece.text and piece.source for piece in compiled):
+        return Lowered(lambda: program, chain, plan, weights, windowed)
+    runs = [compiled[step.piece] for step in plan.steps]
+    proof = _proof(program, [piece.text for piece in runs])
+    launches = sum(count_launches(piece.source) for piece in runs)
+    return Lowered(lambda: program, chain, plan, weights, windowed, proof, launches)
+
+
+@contextlib.contextmanager
+def compiling(program: Program) -> Iterator[None]:
+    """Compile pieces of this program: one thread at a time."""
     with _lock, tracing(TracingContext(program.fake_mode)), torch.no_grad():
-        if backend == "aot_eager":
-            return Lowered(program, _aot_eager(module, examples), inputs, weights, windowed)
-        call, text, code = _inductor(module, examples)
-    batch = int(shape(program.placeholders()[INPUT_IDS])[0])
-    proof = prove_in_place(text, program.facts, batch, str(window)) if text else None
-    return Lowered(program, call, inputs, weights, windowed, proof, count_launches(code) if code else None)
+        yield
 
 
-def _lift(program: Program) -> tuple[GraphModule, tuple[str, ...], tuple[Tensor, ...]]:
-    """The same graph with every weight as an input behind the others."""
-    lifted = program.copy()
-    graph = lifted.graph
-    inputs = tuple(lifted.placeholders())
-    last = lifted.placeholders()[inputs[-1]]
-    by_name: dict[str, Node] = {}
-    weights: list[Tensor] = []
-    for node, weight in list(lifted.weights()):
-        name = str(node.target)
-        if name not in by_name:
-            weights.append(weight)
-            with graph.inserting_after(last):
-                last = by_name[name] = graph.placeholder(name.replace(".", "_"))
-            last.meta = dict(node.meta)
-        node.replace_all_uses_with(by_name[name])
-        graph.erase_node(node)
-    return GraphModule(lifted.gm, graph), inputs, tuple(weights)
+def planned(program: Program, regions: Sequence[Region]) -> tuple[Plan, list[Region]]:
+    """Numbers for values, and one region of each kind."""
+    inputs = tuple(program.placeholders())
+    weights = tuple(dict.fromkeys(str(node.target) for region in regions for node in region.inputs if _is_weight(node)))
+    known: dict[str | Node, int] = {name: number for number, name in enumerate((*inputs, *weights))}
+
+    def number(node: Node) -> int:
+        key = node if node.op == "call_function" else str(node.target)
+        return known.setdefault(key, len(known))
+
+    kinds: dict[str, Region] = {}
+    steps = []
+    for region in regions:
+        kinds.setdefault(region.key, region)
+        reads, writes = tuple(map(number, region.inputs)), tuple(map(number, region.outputs))
+        steps.append(Step(list(kinds).index(region.key), reads, writes))
+    results = tuple(number(node) for node in program.results())
+    return Plan(inputs, weights, tuple(steps), results).freeing(), list(kinds.values())
 
 
-def _aot_eager(module: GraphModule, examples: list[Any]) -> Callable[..., Any]:
-    from torch._dynamo.backends.debugging import aot_eager
-
-    compiled: Callable[..., Any] = aot_eager(module, examples)
-    return compiled
+def _is_weight(node: Node) -> bool:
+    return node.op == "get_attr"
 
 
-def _inductor(module: GraphModule, examples: list[Any]) -> tuple[Callable[..., Any], str, str]:
-    """Compile, and bring back the text of the graph that Inductor made code for, and that code."""
+@dataclass(frozen=True)
+class _Compiled:
+    """The code of one piece; with Inductor also the graph it was made from, and its source."""
+
+    call: Code
+    text: str = ""
+    source: str = ""
+
+
+def _compiled(region: Region, backend: Backend) -> _Compiled:
+    if backend == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return _Compiled(aot_eager(region.module, region.examples))
+    return _inductor(region)
+
+
+def _inductor(region: Region) -> _Compiled:
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     texts: list[str] = []
-    codes: list[str] = []
+    sources: list[str] = []
 
     def listen(gm: GraphModule, inputs: Any, **options: Any) -> Any:
         compiled = compile_fx_inner(gm, inputs, **options)
         texts.append(getattr(compiled, "inductor_post_grad_graph_str", ""))
-        codes.append(getattr(compiled, "source_code", ""))
+        sources.append(getattr(compiled, "source_code", ""))
         return compiled
 
     # Without AOTAutograd's own cache ``listen`` is always called; Inductor's cache still holds the code.
     with functorch_config.patch(enable_autograd_cache=False):
-        call: Any = compile_fx(module, examples, inner_compile=listen)
-    return call, "\n".join(texts), "\n".join(codes)
+        call: Any = compile_fx(region.module, region.examples, inner_compile=listen)
+    return _Compiled(call, "\n".join(texts), "\n".join(sources))
+
+
+def _proof(program: Program, texts: Sequence[str]) -> InPlaceProof:
+    """What all the pieces do with the buffers that they write into."""
+    inputs = program.placeholders()
+    window = str(shape(inputs[ATTENTION_MASK])[1])
+    batch = shape(inputs[key_name(0)])[0]
+    found = [prove_in_place(text, program.facts, batch if isinstance(batch, int) else 1, window) for text in texts]
+    return InPlaceProof(sum(one.writes for one in found), tuple(copy for one in found for copy in one.copies))
 
 
 #: A statement of the generated ``call`` that runs a kernel or a library function.

@@ -11,7 +11,9 @@ import copy
 import functools
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
 
 import torch
@@ -19,7 +21,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
+from fxopt.artifact.keys import Recipe
+from fxopt.artifact.saving import save
 from fxopt.cache import BufferCache
+from fxopt.decode_loop import decode, obstacle
 from fxopt.engine import Engine
 from fxopt.errors import InvalidRequestError
 from fxopt.program import Program
@@ -33,13 +38,34 @@ class Handle:
     """``fast.fxopt``: the report, the graphs and the counters of one optimised model."""
 
     def __init__(
-        self, engine: Engine, symbolic: Program, report: Report, parameters: tuple[str, ...], watch: WeightWatch
+        self,
+        model: PreTrainedModel,
+        engine: Engine,
+        symbolic: Callable[[], Program],
+        report: Report,
+        recipe: Recipe,
     ) -> None:
         self.engine = engine
-        self.symbolic = symbolic
         self.report = report
-        self.parameters = parameters  # the names that the model's forward takes, in order
-        self.watch = watch
+        self._model = model
+        self._symbolic = symbolic
+        self._recipe = recipe
+        self.parameters = tuple(inspect.signature(model.forward).parameters)
+        self.watch = WeightWatch(model)
+        self.depth = _depth(model.config)
+
+    @property
+    def symbolic(self) -> Program:
+        """The rewritten graph for any batch and any number of new tokens."""
+        return self._symbolic()
+
+    def save(self, folder: str | Path) -> None:
+        """Write graphs, report and compiled code to a folder, for ``fxopt.load`` in another process.
+
+        Weights are not in it. A model that was saved there before is replaced in one go.
+        """
+        self.watch.check()
+        save(Path(folder), self._model, self.engine, self.symbolic, self.report, self._recipe)
 
     @property
     def graphs(self) -> dict[str, GraphModule]:
@@ -61,8 +87,12 @@ class Handle:
         """Memory held in cache buffers, in use or waiting for the next call."""
         return self.engine.pool.nbytes
 
+    def release(self) -> int:
+        """Give back the memory of buffers that no cache is using; returns the bytes. The next call allocates anew."""
+        return self.engine.pool.release()
 
-def make_fast(model: Model, engine: Engine, symbolic: Program, report: Report) -> Model:
+
+def make_fast(model: Model, engine: Engine, symbolic: Callable[[], Program], report: Report, recipe: Recipe) -> Model:
     """A second face of ``model``: same modules and weights, forward through ``engine``."""
     stock_class = type(model)
     fast_class: Any = type(stock_class.__name__, (FastModel, stock_class), {"__module__": stock_class.__module__})
@@ -76,15 +106,18 @@ def make_fast(model: Model, engine: Engine, symbolic: Program, report: Report) -
     fast = fast_class.__new__(fast_class)
     fast.__dict__.update({name: _own(value) for name, value in model.__dict__.items()})
     fast.generation_config = copy.deepcopy(model.generation_config)
-    fast.fxopt = Handle(
-        engine, symbolic, report, tuple(inspect.signature(model.forward).parameters), WeightWatch(model)
-    )
+    fast.fxopt = Handle(model, engine, symbolic, report, recipe)
     return cast(Model, fast)
 
 
 def _own(value: Any) -> Any:
     """Containers are copied, so that registering a hook or a module on one face leaves the other alone."""
     return value.copy() if isinstance(value, (dict, set)) else value
+
+
+def _depth(config: Any) -> Any:
+    """How many layers run; a model that drafts for itself runs the first few for a while."""
+    return getattr(config, "num_hidden_layers", None)
 
 
 @dataclass(frozen=True)
@@ -116,7 +149,7 @@ class FastModel:
         engine = self.fxopt.engine
         request = _request(self, args, kwargs)
         if isinstance(request, str):
-            engine.stats[f"eager: {request}"] += 1
+            engine.count(f"eager: {request}")
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         batch, tokens = request.input_ids.shape
         _check_batch(engine, batch)
@@ -133,19 +166,45 @@ class FastModel:
         if positions is None:
             positions = torch.arange(cache.length, cache.length + tokens, device=engine.facts.device)[None]
         positions = positions.expand(batch, tokens)
-        last_only = isinstance(request.keep, int) and request.keep == 1
         before = cache.length
         try:
-            logits = engine.step(cache, request.input_ids, positions, last_only=last_only)
+            logits = engine.step(cache, request.input_ids, positions, keep=_kept(request.keep, tokens))
         except BaseException:
             cache.rewind(before)  # Ctrl-C between two chunks must not leave half a prompt
             raise
-        if not last_only:
-            kept = slice(-request.keep, None) if isinstance(request.keep, int) else request.keep
-            logits = logits[:, kept]
+        if isinstance(request.keep, Tensor):
+            logits = logits[:, request.keep]
         if not request.return_dict:
             return logits, cache
         return engine.facts.output_class(logits=logits, past_key_values=cache)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        engine = self.fxopt.engine
+        why = obstacle(self, stopping_criteria, generation_config, model_kwargs, synced_gpus)
+        if why is None:
+            engine.count("loop: fast")
+            return decode(
+                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+            )
+        engine.count(f"loop: Transformers' own, because {why}")
+        return super()._sample(  # type: ignore[misc]
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
 
     def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         config = super()._prepare_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
@@ -166,7 +225,13 @@ class FastModel:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
+        if (
+            model_kwargs.get("past_key_values") is not None
+            or not generation_config.use_cache
+            or generation_config.output_attentions  # eager, and shaped by the cache of the model's own
+            or generation_config.cache_implementation not in _OURS
+            or self.fxopt.depth != _depth(self.config)  # a draft that leaves early
+        ):
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -174,6 +239,11 @@ class FastModel:
         _check_batch(self.fxopt.engine, batch_size * copies)
         model_kwargs["past_key_values"] = self.fxopt.engine.new_cache(batch_size * copies)
         return None
+
+
+def _kept(keep: int | Tensor, tokens: int) -> int:
+    """For how many tokens, counted from the last, logits are needed; 0 asks for all."""
+    return keep if isinstance(keep, int) and 0 < keep < tokens else tokens
 
 
 def _check_batch(engine: Engine, batch: int) -> None:
@@ -184,6 +254,9 @@ def _check_batch(engine: Engine, batch: int) -> None:
             "split the batch or call fxopt.optimize with a larger max_batch"
         )
 
+
+#: Caches by name that ours stands for; another one asked for is another one got.
+_OURS = (None, "static", "hybrid", "sliding_window", "hybrid_chunked")
 
 _EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -197,55 +270,73 @@ _SERVED = {
     "logits_to_keep",
     "return_dict",
     "cache_position",
+    "tokenizer",  # of stop strings; generate hands it on, and forward has no use for it
 }
 
 
 def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Request | str:
     """What a call asks for, or the reason why only the eager model can serve it."""
-    handle: Handle = model.fxopt
-    given = dict(zip(handle.parameters, args, strict=False)) | kwargs
-    asked = {name for name, value in given.items() if value is not None and value is not False}
-    config, engine = model.config, handle.engine
+    given = dict(zip(model.fxopt.parameters, args, strict=False)) | kwargs
+    obstacle = _obstacle_in_model(model) or _obstacle_in_options(model, given) or _obstacle_in_inputs(model, given)
+    if obstacle is not None:
+        return obstacle
+    input_ids, cache = given["input_ids"], given.get("past_key_values")
+    if cache is not None and cache.batch != input_ids.shape[0]:
+        raise InvalidRequestError(
+            f"a batch of {input_ids.shape[0]} was given with a cache for {cache.batch}; use a cache of its own"
+        )
+    return_dict, keep = given.get("return_dict"), given.get("logits_to_keep")
+    return _Request(
+        input_ids,
+        given.get("attention_mask"),
+        given.get("position_ids"),
+        cache,
+        0 if keep is None else keep,
+        model.config.return_dict if return_dict is None else return_dict,
+    )
+
+
+def _obstacle_in_model(model: Any) -> str | None:
+    config = model.config
     if model.training:
         return "training mode"
-    if torch.is_autocast_enabled(engine.facts.device.type):
+    if torch.is_autocast_enabled(model.fxopt.engine.facts.device.type):
         return "autocast is on"
-    if extra := asked - _SERVED:
-        return f"{', '.join(sorted(extra))} given"
     if outputs := [name for name in _EXTRA_OUTPUTS if getattr(config, name, False)]:
         return f"the config asks for {', '.join(outputs)}"
+    if model.fxopt.depth != _depth(config):
+        return "other layers than were captured"
+    return None
+
+
+def _obstacle_in_options(model: Any, given: dict[str, Any]) -> str | None:
+    if extra := {name for name, value in given.items() if value is not None and value is not False} - _SERVED:
+        return f"{', '.join(sorted(extra))} given"
     use_cache, cache = given.get("use_cache"), given.get("past_key_values")
-    if not (config.use_cache if use_cache is None else use_cache):
+    if not (model.config.use_cache if use_cache is None else use_cache):
         return "use_cache=False"
-    if cache is not None and not (isinstance(cache, BufferCache) and cache.pool is engine.pool):
+    if cache is not None and not (isinstance(cache, BufferCache) and cache.pool is model.fxopt.engine.pool):
         return f"a foreign cache ({type(cache).__name__})"
+    return None
+
+
+def _obstacle_in_inputs(model: Any, given: dict[str, Any]) -> str | None:
+    facts, cache = model.fxopt.engine.facts, given.get("past_key_values")
     input_ids, mask, positions = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids")
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         return "no input_ids of shape [batch, tokens]"
-    if input_ids.device != engine.facts.device:
+    if input_ids.device != facts.device:
         raise InvalidRequestError(
-            f"input_ids is on {input_ids.device} but the model is on {engine.facts.device}; move the inputs"
+            f"input_ids is on {input_ids.device} but the model is on {facts.device}; move the inputs"
         )
-    filled = cache.length if cache is not None else 0
-    if cache is None and input_ids.shape[1] > engine.facts.max_len:
+    if cache is None and input_ids.shape[1] > facts.max_len:
         return "more tokens than max_len without a cache of ours"
-    if cache is not None and cache.buffers.batch != input_ids.shape[0]:
-        raise InvalidRequestError(
-            f"a batch of {input_ids.shape[0]} was given with a cache for {cache.buffers.batch}; use a cache of its own"
-        )
+    filled = cache.length if cache is not None else 0
     if mask is not None and tuple(mask.shape) != (input_ids.shape[0], filled + input_ids.shape[1]):
         return "an attention mask that is not [batch, past + tokens]"
     shapes = {(1, input_ids.shape[1]), tuple(input_ids.shape)}
     if positions is not None and tuple(positions.shape) not in shapes:
         return "positions that are not [batch, tokens]"
-    if "position_ids" in handle.parameters and positions is None and mask is not None and not bool(mask.all()):
+    if "position_ids" in model.fxopt.parameters and positions is None and mask is not None and not bool(mask.all()):
         return "a padded batch without position_ids, whose positions only the model's own code knows"
-    return_dict, keep = given.get("return_dict"), given.get("logits_to_keep")
-    return _Request(
-        input_ids,
-        mask,
-        positions,
-        cache,
-        0 if keep is None else keep,
-        config.return_dict if return_dict is None else return_dict,
-    )
+    return None

@@ -55,6 +55,16 @@ class Pipeline:
         order = ["capture", *self._names(Stage.SYMBOLIC), "specialise", *self._names(Stage.DECODE)]
         return [self._outcomes[name] for name in order if name in self._outcomes]
 
+    @property
+    def kept(self) -> tuple[Pass[Any], ...]:
+        """The passes of both stages that were not taken out."""
+        return tuple(p for p in self.passes if p.name not in self._dropped)
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Why the others were."""
+        return dict(self._dropped)
+
     def report(self, model: str) -> Report:
         """A report on these stages; a pass that comes later is in ``outcomes`` when it has been applied."""
         facts = self.captured.facts
@@ -80,14 +90,14 @@ class Pipeline:
         program = specialise(self.program, role)
         if role.longest_step > 1:
             return program
-        if role.batch != self.policy.batch or "specialise" in self._outcomes:
+        if (role.batch == 1) != (self.policy.batch == 1) or "specialise" in self._outcomes:
             return self._apply(program, self._kept(Stage.DECODE), None, noted=False)
 
         def judged(decode: Program) -> Verdict:
             assert self.policy.judge is not None
-            return self.policy.judge.decode(self.program, decode, role.batch)
+            return self.policy.judge.decode(self.program, decode, self.policy.batch)
 
-        start = Outcome("specialise", "specialise", f"batch {role.batch}, one token, numbers for symbols")
+        start = Outcome("specialise", "specialise", f"{role.sequences}, one token, numbers for symbols")
         self._begin(start, program, judged)
         return self._apply(program, self._kept(Stage.DECODE), judged)
 

@@ -19,13 +19,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fxopt.admission import Selection, admit_request, select
-from fxopt.capture import capture, position_limit
+from fxopt.capture import position_limit
 from fxopt.errors import InvalidRequestError, first_line
 from fxopt.lower import Backend
 from fxopt.pipeline import Pipeline, Policy
-from fxopt.program import whole_windows
 from fxopt.progress import Progress
 from fxopt.report import Report
+from fxopt.request import Request
 from fxopt.rewrite import Pass
 from fxopt.specialise import Role
 from fxopt.weights import pack
@@ -76,14 +76,15 @@ def _explained(
         with progress.step("make the model without weights"):
             fake = _made(config, dtype or getattr(config, "dtype", None) or torch.float32)
         length = max_len if max_len is not None else min(DEFAULT_LENGTH, position_limit(fake) or DEFAULT_LENGTH)
-        admit_request(fake, max_len=length, max_batch=batch, chunk=256, backend=backend, verify="off")
+        request = Request(length, max_batch=batch, backend=backend, verify="off")
+        admit_request(fake, request)
         with progress.step("capture"):
-            captured = capture(fake, max_len=length, capacity=whole_windows(length), backend=backend)
+            captured = request.captured(fake)
     pipeline = Pipeline(selected, captured, Policy(batch=batch))
     with progress.step("rewrite"), mode:
         pipeline.run()
         pipeline.program = pack(pipeline.program)
-        pipeline.specialised(Role("decode", batch, longest_step=1))
+        pipeline.specialised(Role("decode", 1 if batch == 1 else None, longest_step=1))
     report = pipeline.report(type(fake).__name__)
     report.seconds = progress.seconds
     return report

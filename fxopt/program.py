@@ -7,6 +7,7 @@ cache that attention reads), H heads, D head dim, V vocabulary.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ CACHE_POSITION = "cache_position"  # [S], the rows of the cache that this step w
 LOGIT_POSITIONS = "logit_positions"  # [K], the steps whose logits are asked for
 
 
+DEEP = 4  # layers from which on compiling one of them is quicker than compiling all as one
 WINDOW = 64  # attention reads multiples of this many rows
 
 
@@ -66,6 +68,12 @@ class Facts:
     grouped_layers: int  # layers that keep fewer heads than the query has
     output_class: type  # what the model's forward returns
     backend: str = "eager"  # what the graphs will be handed to
+    compile: str = "whole"  # in which pieces: "whole", "layer", or "auto"
+
+    @property
+    def layered(self) -> bool:
+        """Whether like layers are compiled once and called in turn."""
+        return self.compile == "layer" or (self.compile == "auto" and len(self.layers) >= DEEP)
 
     @property
     def fuses_sums(self) -> bool:
@@ -113,12 +121,14 @@ class Program:
     def output(self) -> Node:
         return self.graph.output_node()
 
-    def logits(self) -> Node:
+    def results(self) -> list[Node]:
+        """What the graph returns: the logits first."""
         outputs = self.output().args[0]
         assert isinstance(outputs, (tuple, list))
-        node = outputs[0]
-        assert isinstance(node, Node)
-        return node
+        return [node for node in outputs if isinstance(node, Node)]
+
+    def logits(self) -> Node:
+        return self.results()[0]
 
     def first_use_point(self) -> Node:
         """The first node behind the placeholders: where values that depend on inputs alone go."""
@@ -138,6 +148,10 @@ class Program:
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{node} reads {node.target}, which is a {type(value).__name__} and no tensor")
         return value
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The weight of this name."""
+        return operator.attrgetter(name)(self.gm)  # type: ignore[no-any-return]
 
     def weights(self) -> Iterator[tuple[Node, torch.Tensor]]:
         """Every node that reads a weight, with the weight."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
@@ -11,7 +12,10 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils import _pytree as pytree
 
 from fxopt.program import Program
+from fxopt.symbols import expression
 from fxopt.views import swap_argument
+
+aten = torch.ops.aten
 
 
 def snapshot(program: Program) -> dict[Node, Any]:
@@ -55,6 +59,31 @@ def fold_constants(program: Program) -> None:
         if node.op == "call_function" and isinstance(value, (int, bool, float)):
             for user in list(node.users):
                 swap_argument(user, node, value)
+            program.graph.erase_node(node)
+
+
+def read_sizes_from_inputs(program: Program) -> None:
+    """Read every symbolic size from the graph's inputs, not from values that happen to have it.
+
+    Otherwise a late layer holds on to an early value only to ask how long it is.
+    """
+    sources: dict[sympy.Expr, tuple[Node, int]] = {}
+    for node in program.placeholders().values():
+        for dim, size in enumerate(node.meta["val"].shape):
+            found = expression(size)
+            if isinstance(found, sympy.Symbol):
+                sources.setdefault(found, (node, dim))
+    readers: dict[sympy.Expr, Node] = {}
+    for node in list(program.graph.nodes):
+        size = expression(node) if node.op == "call_function" else None
+        if size not in sources:
+            continue
+        if size not in readers:
+            with program.graph.inserting_before(program.first_use_point()):
+                readers[size] = program.graph.call_function(aten.sym_size.int, sources[size])
+            readers[size].meta = dict(node.meta)
+        if node is not readers[size]:
+            node.replace_all_uses_with(readers[size])
             program.graph.erase_node(node)
 
 

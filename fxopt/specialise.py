@@ -12,8 +12,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fxopt.driver import remove_dead_code
 from fxopt.errors import RewriteError
 from fxopt.program import ATTENTION_MASK, INPUT_IDS, LOGIT_POSITIONS, Program
-from fxopt.propagate import fold_constants, propagate
+from fxopt.propagate import fold_constants, propagate, read_sizes_from_inputs
 from fxopt.symbols import expression, fresh_size
+
+SEQUENCES = 7  # a typical batch; a number that is the size of nothing else
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,14 @@ class Role:
     """One of the graphs that a model runs as."""
 
     name: str
-    batch: int
+    batch: int | None  # None: any number of sequences from two
     longest_step: int  # 1: one token at a time; more: any number from 2 to this
     all_logits: bool = False  # logits of every token fed, not of the last one alone
+
+    @property
+    def sequences(self) -> str:
+        """The batch in words."""
+        return "two sequences or more" if self.batch is None else f"{self.batch} sequence{'s' * (self.batch > 1)}"
 
 
 def specialise(program: Program, role: Role) -> Program:
@@ -37,8 +44,13 @@ def specialise(program: Program, role: Role) -> Program:
             new = [sizes.get(e, e) if (e := expression(size)) is not None else size for size in old.shape]
             shape = [int(size) if isinstance(size, sympy.Integer) else size for size in new]
             node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
+        mask = bound.placeholders()[ATTENTION_MASK]
+        if isinstance(mask.meta["val"].shape[1], torch.SymInt):
+            # The runtime hands in the first columns of a mask over all rows, as they lie.
+            mask.meta["val"] = mask.meta["val"].as_strided(mask.meta["val"].shape, (program.facts.capacity, 1))
     propagate(bound)
     fold_constants(bound)
+    read_sizes_from_inputs(bound)
     remove_dead_code(bound)
     bound.graph.lint()
     _check_still_symbolic(bound, role, [size for size in sizes.values() if isinstance(size, torch.SymInt)])
@@ -60,7 +72,7 @@ def _sizes(program: Program, shape_env: ShapeEnv, role: Role) -> dict[sympy.Expr
         if isinstance(symbol, sympy.Symbol):
             sizes[symbol] = value
 
-    bind(tokens.shape[0], role.batch)
+    bind(tokens.shape[0], role.batch or fresh_size(shape_env, "batch", hint=SEQUENCES))
     bind(tokens.shape[1], step)
     window = expression(inputs[ATTENTION_MASK].meta["val"].shape[1])
     if isinstance(window, sympy.Symbol):

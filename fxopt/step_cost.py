@@ -8,10 +8,11 @@ in memory, and what they read is read once.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxopt.joining import Group, apart, joined
-from fxopt.kernels import Kind, Memory, Step, kernels_of
+from fxopt.kernels import Kernel, Kind, Memory, Step, kernels_of
+from fxopt.outline import pieces
 from fxopt.program import Program
 
 
@@ -32,7 +33,7 @@ class StepCost:
 def step_cost(program: Program, *, batch: int = 1, context: int) -> StepCost:
     """The cost of a step after which ``context`` rows of the cache are filled."""
     step = kernels_of(program, batch, context)
-    groups = joined(step.kernels) if program.facts.backend == "inductor" else apart(step.kernels)
+    groups = _groups(program, step.kernels)
     lives = _Lives(groups, step)
     read = {kind: 0 for kind in Kind}
     written = {kind: 0 for kind in Kind}
@@ -51,6 +52,20 @@ def step_cost(program: Program, *, batch: int = 1, context: int) -> StepCost:
         flops=sum(kernel.launch.flops for kernel in step.kernels),
         peak_bytes=lives.peak(),
     )
+
+
+def _groups(program: Program, kernels: list[Kernel]) -> list[Group]:
+    """What is launched. Pieces that are compiled by themselves are never joined."""
+    if program.facts.backend != "inductor":
+        return apart(kernels)
+    if not program.facts.layered:
+        return joined(kernels)
+    piece = {node: place for place, nodes in enumerate(pieces(program, layered=True)) for node in nodes}
+    by_piece: dict[int, list[Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        by_piece[piece[kernel.node] if kernel.node is not None else 0].append(kernel)
+    groups = [group for _, part in sorted(by_piece.items()) for group in joined(part)]
+    return [replace(group, place=place) for place, group in enumerate(groups)]
 
 
 class _Lives:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Graph, Node
 
@@ -15,17 +17,19 @@ def wide(graph: Graph, node: Node) -> Node:
     return node if wide_already else graph.call_function(aten.to.dtype, (node, torch.float32))
 
 
-def stored(graph: Graph, node: Node, sizes: list[int]) -> Node:
-    """``node`` with new sizes, computed once and kept.
+def stored(graph: Graph, node: Node, sizes: Sequence[Node | int]) -> Node:
+    """``node`` with new sizes, computed once and kept. Only the first may be a node.
 
     Left to itself Inductor computes an elementwise operand again for every row it is multiplied
     with: a norm 3072 times, a cosine per key. ``as_strided`` needs memory to point at, so it makes
     Inductor finish the operand first; it costs nothing when the operand lies in memory already.
     """
     strides = [1] * len(sizes)
-    for i in reversed(range(len(sizes) - 1)):
-        strides[i] = strides[i + 1] * sizes[i + 1]
+    for place, size in reversed(list(enumerate(sizes))[1:]):
+        assert isinstance(size, int)
+        strides[place - 1] = strides[place] * size
     dense = graph.call_function(aten.contiguous.default, (node,))
-    view = graph.call_function(aten.as_strided.default, (dense, sizes, strides))
-    view.meta["val"] = node.meta["val"].reshape(sizes)
+    view = graph.call_function(aten.as_strided.default, (dense, list(sizes), strides))
+    known = [size.meta["val"] if isinstance(size, Node) else size for size in sizes]
+    view.meta["val"] = node.meta["val"].reshape(known)
     return view

@@ -32,10 +32,10 @@ def pack(program: Program) -> Program:
                 continue
             tensors = [packed.attribute(part) for part in concat.parts]
             name = f"{PACKED}_{concat.parts[0].target}".replace(".", "_")
-            packed.gm.register_buffer(name, _adjacent(tensors) if _are_adjacent(tensors) else _seat(tensors))
+            packed.gm.register_buffer(name, joined(tensors))
             with graph.inserting_before(node):
                 weight = graph.get_attr(name)
-            weight.meta = {"val": node.meta["val"], **{k: v for k, v in node.meta.items() if k != "val"}}
+            weight.meta = {**node.meta, PACKED: tuple(str(part.target) for part in concat.parts)}
             node.replace_all_uses_with(weight)
             graph.erase_node(node)
             for part in concat.parts:
@@ -48,6 +48,11 @@ def packed_bytes(program: Program) -> int:
     """How much of the weights lies in packed storages."""
     nodes = [n for n in program.graph.nodes if n.op == "get_attr" and str(n.target).startswith(PACKED)]
     return sum(program.attribute(node).nbytes for node in nodes)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The weights as one tensor whose rows they are: moved into one storage unless they lie in one already."""
+    return _adjacent(tensors) if are_adjacent(tensors) else _seat(tensors)
 
 
 class WeightWatch:
@@ -78,7 +83,7 @@ def _seat(tensors: Sequence[Tensor]) -> Tensor:
     return packed
 
 
-def _are_adjacent(tensors: Sequence[Tensor]) -> bool:
+def are_adjacent(tensors: Sequence[Tensor]) -> bool:
     """Whether the weights lie one behind the other already, from an earlier packing."""
     if any(tensor.device.type == "meta" or isinstance(tensor, FakeTensor) for tensor in tensors):
         return False

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxopt.attention import Attention
-from fxopt.program import Program
+from fxopt.program import INPUT_IDS, Program
 from fxopt.rewrite import Pass, Stage
 from fxopt.sums import stored, wide
 from fxopt.views import shape
@@ -53,7 +53,7 @@ class DecodeAttention(Pass[Attention]):
         heads, kept = int(shape(site.query)[1]), int(shape(site.key)[1])
         groups, width = heads // kept, int(shape(site.query)[3])
         with graph.inserting_before(site.node):
-            batch = int(shape(site.query)[0])
+            batch = _batch(program, site.query)
             query = stored(graph, site.query, [batch, kept, groups, 1, width])
             key = graph.call_function(aten.unsqueeze.default, (site.key, 2))
             value = graph.call_function(aten.unsqueeze.default, (site.value, 2))
@@ -72,6 +72,16 @@ class DecodeAttention(Pass[Attention]):
             result = graph.call_function(aten.to.dtype, (result, site.node.meta["val"].dtype))
         site.node.replace_all_uses_with(result)
         graph.erase_node(site.node)
+
+
+def _batch(program: Program, query: Node) -> Node | int:
+    """The number of sequences, read from the tokens where the graph serves any."""
+    batch = shape(query)[0]
+    if isinstance(batch, int):
+        return batch
+    size = program.graph.call_function(aten.sym_size.int, (program.placeholders()[INPUT_IDS], 0))
+    size.meta["val"] = batch
+    return size
 
 
 def _masked(graph: Graph, scores: Node, mask: Node, kept: int, groups: int) -> Node:

@@ -86,12 +86,12 @@ def _engine_events(engine: Any, context: int) -> list[Any]:
     cache = engine.new_cache(1)
     cache.record_mask(None, context)
     tokens, positions = torch.ones(1, context, dtype=torch.long), torch.arange(context)[None]
-    engine.step(cache, tokens[:, :-2], positions[:, :-2], last_only=True)
-    engine.step(cache, tokens[:, -2:-1], positions[:, -2:-1], last_only=True)
+    engine.step(cache, tokens[:, :-2], positions[:, :-2], keep=1)
+    engine.step(cache, tokens[:, -2:-1], positions[:, -2:-1], keep=1)
     lowered.call = marked
     try:
         with _profiler() as profiler:
-            engine.step(cache, tokens[:, -1:], positions[:, -1:], last_only=True)
+            engine.step(cache, tokens[:, -1:], positions[:, -1:], keep=1)
     finally:
         lowered.call = run
     return _marked(profiler)

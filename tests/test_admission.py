@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may be started for a request that is refused."""
-    monkeypatch.setattr("fxopt.api.capture", lambda *_, **__: pytest.fail("the capture was reached"))
+    monkeypatch.setattr("fxopt.request.capture", lambda *_, **__: pytest.fail("the capture was reached"))
     monkeypatch.setattr("fxopt.api.Progress", lambda *_: pytest.fail("work was begun"))
 
 
@@ -106,7 +106,7 @@ def test_the_longest_request_is_admitted(llama: Any, monkeypatch: pytest.MonkeyP
     def reached(*args: Any, **kwargs: Any) -> Any:
         raise Reached
 
-    monkeypatch.setattr("fxopt.api.capture", reached)
+    monkeypatch.setattr("fxopt.request.capture", reached)
     requests: list[dict[str, Any]] = [
         {"max_len": POSITIONS},
         {"max_len": 2},

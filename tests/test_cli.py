@@ -171,7 +171,7 @@ def test_an_interrupt(folder: Path, capsys: pytest.CaptureFixture[str], monkeypa
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fxopt.api.capture", interrupted)
+    monkeypatch.setattr("fxopt.request.capture", interrupted)
     assert main(["generate", str(folder), "--prompt", PROMPT, *OPTIONS]) == 130
     assert_one_sentence(capsys, "interrupted")
 

@@ -7,8 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from words import word_tokenizer
+
+from fxopt.families import tiny
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+TINY = "{tiny}"  # stands for a folder with a tiny model and its tokenizer
+QUICK = ["--model", TINY, "--backend", "eager"]
+TYPED = "w5 w6\nw7 w8 w9\n"
 
 #: What to run each example with, to be quick, and what its output must hold.
 RUNS = {
@@ -19,7 +26,21 @@ RUNS = {
         ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],
         "stock eager",
     ),
+    "chat.py": ([*QUICK, "--max-len", "64", "--new", "4"], "13 tokens of prompt, 7 of them were in the cache"),
+    "streaming.py": ([*QUICK, "--prompt", "w5 w6 w7", "--new", "8"], "first words after"),
+    "assisted_decoding.py": ([*QUICK, "--draft", TINY, "--prompt", "w5 w6 w7", "--new", "8"], "draft model"),
+    "save_and_load.py": (["--tiny"], "and from the folder after"),
+    "torch_compile_backend.py": (["--tiny", "--backend", "aot_eager"], "fuse_qkv: 2 rewritten"),
+    "text_generation_pipeline.py": ([*QUICK, "--new", "4", "w5 w6 w7", "w8 w9"], "the stock pipeline says the same"),
 }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    for part in (tiny("llama"), word_tokenizer()):
+        part.save_pretrained(path)
+    return path
 
 
 def test_every_example_is_run() -> None:
@@ -27,8 +48,9 @@ def test_every_example_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_example(name: str) -> None:
+def test_example(name: str, folder: Path) -> None:
     arguments, expected = RUNS[name]
-    done = subprocess.run([sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True)
+    command = [sys.executable, str(EXAMPLES / name), *(argument.replace(TINY, str(folder)) for argument in arguments)]
+    done = subprocess.run(command, input=TYPED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout

@@ -117,7 +117,7 @@ def captured(stock: Any) -> Program:
 @pytest.fixture
 def quick(captured: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not capture again for failures that come later."""
-    monkeypatch.setattr("fxopt.api.capture", lambda model, **sizes: captured.copy())
+    monkeypatch.setattr("fxopt.request.capture", lambda model, **sizes: captured.copy())
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +223,7 @@ def test_packing_fails_half_way(stock: Any, before: State, monkeypatch: pytest.M
         return seat(tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "_are_adjacent", lambda tensors: False)
+        patch.setattr(weights, "are_adjacent", lambda tensors: False)
         patch.setattr(weights, "_seat", fail_later)
         with pytest.raises(MemoryError, match="injected"):
             optimise(stock, passes=FEW)
@@ -446,7 +446,7 @@ def test_without_verification_a_wrong_pass_stays(stock: Any) -> None:
 @pytest.mark.usefixtures("quick")
 def test_no_pass_to_blame(stock: Any, before: State, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs are right and the code made of them is not: said so, with the backend."""
-    monkeypatch.setattr("fxopt.judge.Judge.engine", lambda *_: (Check("", 1.0, 0.0), "the logits differ"))
+    monkeypatch.setattr("fxopt.judge.Judge.engine", lambda *_, **__: (Check("", 1.0, 0.0), "the logits differ"))
     with pytest.raises(VerificationError, match=r"compiled by eager they do not: the logits differ.*backend="):
         optimise(stock, passes=FEW)
     assert_untouched(stock, before)

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from fxopt.admission import PRESETS, VERIFICATIONS, select
+from fxopt.admission import PRESETS, select
 from fxopt.api import optimize
 from fxopt.demo_model import load_model
 from fxopt.errors import InvalidRequestError, first_line
-from fxopt.lower import BACKENDS
+from fxopt.loading import load
+from fxopt.lower import BACKENDS, COMPILES
 from fxopt.progress import Progress
 from fxopt.registry import catalogue
 from fxopt.report import Report
+from fxopt.request import VERIFICATIONS
 from fxopt.rewrite import Pass
 
 Commands = Any  # argparse keeps the type of its sub-parsers to itself
@@ -52,6 +54,9 @@ def add_running(parser: argparse.ArgumentParser, *, backend: str = "inductor") -
 def add_optimising(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="an incomplete or wrong pass is an error")
     parser.add_argument("--verify", choices=VERIFICATIONS, default="final", help="when to compare with the stock model")
+    parser.add_argument("--compile", choices=COMPILES, default="auto", help="the graph as one, or one of its layers")
+    parser.add_argument("--save", metavar="FOLDER", help="keep the optimised model, for --load")
+    parser.add_argument("--load", metavar="FOLDER", help="take what --save has kept, with the same flags")
     parser.add_argument("--save-report", metavar="FILE", help="write the report as .html, .json or .txt")
 
 
@@ -106,14 +111,14 @@ def optimised(arguments: argparse.Namespace, name: str) -> tuple[Any, Any, Any]:
     """The stock model, the fast one and the tokenizer."""
     passes = selection(arguments)
     model, tokenizer = loaded(arguments, name)
-    fast = optimize(
-        model,
-        arguments.max_len,
-        passes=passes,
-        backend=arguments.backend,
-        strict=arguments.strict,
-        verify=arguments.verify,
-    )
+    options = {"passes": passes, "backend": arguments.backend, "compile": arguments.compile}
+    if arguments.load:
+        fast = load(arguments.load, model, expected={"max_len": arguments.max_len, **options})
+    else:
+        fast = optimize(model, arguments.max_len, strict=arguments.strict, verify=arguments.verify, **options)
+    if arguments.save:
+        fast.fxopt.save(arguments.save)
+        print(f"saved: {arguments.save}", file=sys.stderr)
     if arguments.save_report:
         save(fast.fxopt.report, arguments.save_report)
     return model, fast, tokenizer
