@@ -8,6 +8,7 @@ Every round runs each contender once; what is printed is the median over all ste
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import statistics
 import time
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--compile", nargs="+", default=["auto"], choices=("auto", "layer", "whole"))
     parser.add_argument("--no-static", action="store_true", help="leave StaticCache + torch.compile out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -60,6 +62,10 @@ def main() -> None:
         first = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
         return steps(model, cache, first, options.new, options.prompt)
 
+    def ours(fast: Any) -> Run:
+        output = fast(prompt, logits_to_keep=1)
+        return steps(fast, output.past_key_values, output.logits[:, -1:].argmax(-1), options.new, options.prompt)
+
     static_cache = StaticCache(config=model.config, max_cache_len=options.max_len)
     compiled = torch.compile(model.forward)
 
@@ -68,18 +74,15 @@ def main() -> None:
         first = model(prompt, past_key_values=static_cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
         return steps(compiled, static_cache, first, options.new, options.prompt)
 
-    began = time.perf_counter()
-    fast = fxopt.optimize(model, max_len=options.max_len, backend=options.backend)
-    optimise_seconds = time.perf_counter() - began
-
-    def ours() -> Run:
-        output = fast(prompt, logits_to_keep=1)
-        return steps(fast, output.past_key_values, output.logits[:, -1:].argmax(-1), options.new, options.prompt)
-
     contenders: dict[str, Contender] = {"stock eager": stock}
     if not options.no_static:
         contenders["StaticCache + torch.compile"] = static
-    contenders["fxopt"] = ours
+    began = time.perf_counter()
+    for how in options.compile:
+        fast = fxopt.optimize(model, max_len=options.max_len, backend=options.backend, compile=how)
+        contenders["fxopt" if how == "auto" else f"fxopt, {how}"] = functools.partial(ours, fast)
+    optimise_seconds = time.perf_counter() - began
+
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.no_grad():
         tokens = {name: run()[1] for name, run in contenders.items()}  # warm up, compile

@@ -24,6 +24,8 @@ from transformers.cache_utils import DynamicLayer
 
 from fxopt.errors import CaptureError, first_line
 from fxopt.program import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, Facts, KVShape, Program, key_name, value_name
+from fxopt.stand_in import standing_in, unfold
+from fxopt.twins import Kinds, Recorder, decoder_layers
 
 #: Sizes to trace with: different from each other and from 1, so that none is taken for another.
 BATCH, STEP, PAST = 2, 3, 5
@@ -36,7 +38,7 @@ def capture(
 ) -> Program:
     """Capture ``model`` once; its configuration is as it was, also after an error."""
     with _lock, _exportable(model), torch.no_grad():
-        layers, dtype, output_class = _probe(model)
+        layers, dtype, output_class, kinds = _probe(model)
         facts = Facts(
             layers=layers,
             capacity=capacity,
@@ -50,8 +52,12 @@ def capture(
             backend=backend,
             compile=compile,
         )
-        exported = _export(model, facts)
-    return _program(exported, facts)
+        wrapped = _TensorsIn(model)
+        with standing_in(kinds):
+            exported = _export(wrapped, facts)
+        module = exported.module()
+        unfold(module, wrapped, kinds)
+    return _program(module, facts)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -93,7 +99,10 @@ def _cache_holding(keys: list[Tensor], values: list[Tensor]) -> DynamicCache:
     Sliding layers are captured as full ones, since a trace would bake in HF's Python counters.
     """
     cache = DynamicCache()
+    batch, _, past, _ = keys[0].shape
     for key, value in zip(keys, values, strict=True):
+        for kept in (key, value):  # said now, or every layer would have to find it out
+            torch._check(kept.shape[0] == batch and kept.shape[2] == past)
         layer = DynamicLayer()
         layer.lazy_initialization(key, value)
         layer.keys, layer.values = key, value
@@ -129,13 +138,14 @@ def _experts_as(model: PreTrainedModel, implementation: str) -> Iterator[None]:
         model.config._experts_implementation = before
 
 
-def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, type]:
-    """Run two tokens; look at what the model keeps of them, and in what it hands out its result."""
+def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, type, Kinds]:
+    """Run two tokens; look at what the layers do and keep, and in what the result is handed out."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     cache = DynamicCache()
+    recorder = Recorder(decoder_layers(model))
     experts = _experts_as(model, "batched_mm")  # the grouped form has no shapes for every dtype
     try:
-        with experts:
+        with experts, recorder.watching():
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
     except Exception as error:
         raise CaptureError(
@@ -152,21 +162,21 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, ty
         shapes.append(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]))
     if not shapes:
         raise CaptureError(f"{type(model).__name__} kept nothing in the cache it was given; use the stock model")
-    return tuple(shapes), cache.layers[0].keys.dtype, type(output)
+    return tuple(shapes), cache.layers[0].keys.dtype, type(output), recorder.kinds(shapes)
 
 
-def _export(model: PreTrainedModel, facts: Facts) -> torch.export.ExportedProgram:
+def _export(model: _TensorsIn, facts: Facts) -> torch.export.ExportedProgram:
     layers = facts.layers
     like: dict[str, Any] = {"dtype": facts.dtype, "device": facts.device}
     shapes = [layer.shapes(BATCH, PAST) for layer in layers]
     arguments = {
-        INPUT_IDS: torch.zeros(BATCH, STEP, dtype=torch.long, device=model.device),
-        ATTENTION_MASK: torch.ones(BATCH, PAST + STEP, dtype=torch.long, device=model.device),
-        POSITION_IDS: torch.arange(PAST, PAST + STEP, device=model.device).repeat(BATCH, 1),
+        INPUT_IDS: torch.zeros(BATCH, STEP, dtype=torch.long, device=facts.device),
+        ATTENTION_MASK: torch.ones(BATCH, PAST + STEP, dtype=torch.long, device=facts.device),
+        POSITION_IDS: torch.arange(PAST, PAST + STEP, device=facts.device).repeat(BATCH, 1),
         "keys": [torch.zeros(key, **like) for key, _ in shapes],
         "values": [torch.zeros(value, **like) for _, value in shapes],
     }
-    limit = position_limit(model)
+    limit = position_limit(model.model)
     longest = {"max": limit - 2} if limit is not None and limit > 16 else {}
     batch, step, past = Dim("batch"), Dim("step", **longest), Dim("past", **longest)
     dynamic = {
@@ -178,7 +188,7 @@ def _export(model: PreTrainedModel, facts: Facts) -> torch.export.ExportedProgra
     }
     try:
         return torch.export.export(
-            _TensorsIn(model),
+            model,
             (),
             arguments,
             dynamic_shapes=dynamic,
@@ -186,14 +196,13 @@ def _export(model: PreTrainedModel, facts: Facts) -> torch.export.ExportedProgra
         )
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be captured as one graph with symbolic lengths: {first_line(error)} "
+            f"{type(model.model).__name__} cannot be captured as one graph with symbolic lengths: {first_line(error)} "
             "The stock model is unchanged; models whose code branches on the length or on data are not supported yet."
         ) from error
 
 
-def _program(exported: torch.export.ExportedProgram, facts: Facts) -> Program:
+def _program(module: GraphModule, facts: Facts) -> Program:
     """Flatten the exported call: placeholders by our names, one flat tuple of outputs."""
-    module = exported.module()
     graph = module.graph
     for node in list(graph.nodes):
         if node.op == "call_module" and not node.users:  # export's check of its own input guards

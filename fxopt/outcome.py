@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast
 
 from fxopt.listing import Listing
 from fxopt.step_cost import StepCost
+
+T = TypeVar("T")
+
+
+class WhenRead(Generic[T]):
+    """A field that may be given as a function, which is called when the field is first read."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> T:
+        if instance is None:
+            return self._default
+        value = vars(instance)[self._name]
+        if callable(value):
+            value = vars(instance)[self._name] = value()
+        return cast(T, value)
+
+    def __set__(self, instance: Any, value: T | Callable[[], T]) -> None:
+        vars(instance)[self._name] = value
 
 
 @dataclass(frozen=True)
@@ -46,10 +71,10 @@ class Outcome:
     ops: dict[str, int] = field(default_factory=dict)  # operator -> how many more (or less) of it
     freed_bytes: int = 0
     seconds: float = 0.0
-    step: StepCost | None = None  # what one decode step costs after the pass
+    step: WhenRead[StepCost | None] = WhenRead(None)  # what one decode step costs after the pass
     verified: Check | None = None
     dropped: str | None = None  # why the whole pass was taken out again
-    listing: Listing = ()  # the graph after the pass
+    listing: WhenRead[Listing] = WhenRead(())  # the graph after the pass
 
     @property
     def changed_something(self) -> bool:

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from fxopt.program import Program, key_name, value_name
@@ -34,7 +35,13 @@ class Region:
 
     @property
     def examples(self) -> list[Any]:
-        return [node.meta["val"] for node in self.module.graph.nodes if node.op == "placeholder"]
+        """A fake value for every input, each a tensor of its own: nodes with like values may share one."""
+        found: list[Any] = []
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                value = node.meta["val"]
+                found.append(_twin(value) if any(value is other for other in found) else value)
+        return found
 
 
 def outline(program: Program, *, layered: bool) -> list[Region]:
@@ -211,6 +218,14 @@ class _Copier:
     def _note(self, node: Node, what: str) -> None:
         self._numbers[node] = len(self._numbers)
         self.lines.append(f"%{self._numbers[node]} = {what} {_shape(node.meta['val'])}")
+
+
+def _twin(value: Any) -> Any:
+    """A fake tensor like another one, in memory of its own."""
+    if not isinstance(value, FakeTensor):
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _is_size(node: Node) -> bool:

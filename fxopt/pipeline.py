@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from fxopt.provenance import trace
 from fxopt.report import Report
 from fxopt.rewrite import Pass, Stage
 from fxopt.specialise import Role, specialise
-from fxopt.step_cost import step_cost
+from fxopt.step_cost import StepCost, step_cost
 
 log = logging.getLogger("fxopt")
 
@@ -197,14 +198,19 @@ class Pipeline:
         return True
 
     def _note(self, outcome: Outcome, program: Program) -> None:
-        """Keep an outcome with the graph that it led to, as text and as what a step on it costs."""
-        outcome.listing = listing(program)
-        try:
-            outcome.step = step_cost(program, batch=self.policy.batch, context=self._context)
-        except Exception as error:  # a report with a gap is better than no model
-            log.warning("the step after %s could not be costed: %s", outcome.name, first_line(error))
+        """Keep an outcome with the graph that it led to; nobody may ever ask for its text and costs."""
+        outcome.listing = functools.partial(listing, program)
+        outcome.step = functools.partial(self._costed, program, outcome.name)
         trace(outcome.name, lambda: "\n".join(line.text for line in outcome.listing))
         self._outcomes[outcome.name] = outcome
+
+    def _costed(self, program: Program, name: str) -> StepCost | None:
+        """What a step on the graph after a pass costs; a report with a gap is better than none."""
+        try:
+            return step_cost(program, batch=self.policy.batch, context=self._context)
+        except Exception as error:
+            log.warning("the step after %s could not be costed: %s", name, first_line(error))
+            return None
 
     def _insist(self, outcome: Outcome) -> None:
         if not self.policy.strict or outcome.is_complete:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import sympy
@@ -9,10 +10,9 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import py_sym_types
-from torch.utils import _pytree as pytree
 
 from fxopt.program import Program
-from fxopt.symbols import expression
+from fxopt.symbols import described, expression
 from fxopt.views import swap_argument
 
 aten = torch.ops.aten
@@ -29,6 +29,7 @@ def propagate(program: Program, known: dict[Node, Any] | None = None) -> None:
     ``known`` is an earlier :func:`snapshot`; without one every node is computed afresh.
     """
     changed: set[Node] = set()
+    values = _Values(program)
     with program.fake_mode, enable_python_dispatcher(), torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "output":
@@ -42,8 +43,8 @@ def propagate(program: Program, known: dict[Node, Any] | None = None) -> None:
             if not edited and changed.isdisjoint(node.all_input_nodes):
                 continue
             before = None if known is None else known.get(node)
-            node.meta["val"] = _evaluate(program, node)
-            if not _same(before, node.meta["val"]):
+            node.meta["val"] = values.of(node)
+            if values.key(before) != values.key(node.meta["val"]):
                 changed.add(node)
 
 
@@ -87,35 +88,41 @@ def read_sizes_from_inputs(program: Program) -> None:
             program.graph.erase_node(node)
 
 
-def _evaluate(program: Program, node: Node) -> Any:
-    if node.op == "get_attr":
-        value = program.value_of(node)
-        is_weight = isinstance(value, torch.Tensor)
-        return program.fake_mode.from_tensor(value, static_shapes=True) if is_weight else value
-    if node.op != "call_function":
-        raise TypeError(f"{node} is a {node.op}; a captured graph holds calls of operators only")
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+class _Values:
+    """Fake values of nodes. A call that was made on like values has a like result: layers are evaluated once."""
 
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._results: dict[Hashable, Any] = {}
+        self._keys: dict[int, tuple[torch.Tensor, Hashable]] = {}  # with the tensor, which keeps its id its own
 
-def _same(a: Any, b: Any) -> bool:
-    flat_a, spec_a = pytree.tree_flatten(a)
-    flat_b, spec_b = pytree.tree_flatten(b)
-    return spec_a == spec_b and all(_same_leaf(x, y) for x, y in zip(flat_a, flat_b, strict=True))
+    def of(self, node: Node) -> Any:
+        """What a call gives, or what an attribute holds."""
+        if node.op == "get_attr":
+            value = self._program.value_of(node)
+            is_weight = isinstance(value, torch.Tensor)
+            return self._program.fake_mode.from_tensor(value, static_shapes=True) if is_weight else value
+        if node.op != "call_function":
+            raise TypeError(f"{node} is a {node.op}; a captured graph holds calls of operators only")
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        assert callable(node.target)
+        key = (node.target, self.key((args, kwargs)))
+        if key not in self._results:
+            self._results[key] = node.target(*args, **kwargs)
+        return self._results[key]
 
-
-def _same_leaf(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and a.device == b.device and _sizes(a) == _sizes(b) and _strides(a) == _strides(b)
-    if isinstance(a, py_sym_types) and isinstance(b, py_sym_types):
-        return bool(a.node.expr == b.node.expr)
-    return type(a) is type(b) and bool(a == b)
-
-
-def _sizes(tensor: torch.Tensor) -> list[str]:
-    return [str(size) for size in tensor.shape]
-
-
-def _strides(tensor: torch.Tensor) -> list[str]:
-    return [str(stride) for stride in tensor.stride()]
+    def key(self, value: Any) -> Hashable:
+        """Equal for values that no operator can tell apart."""
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._keys:
+                self._keys[id(value)] = (value, described(value))
+            return self._keys[id(value)][1]
+        if isinstance(value, py_sym_types):
+            return (type(value), value.node.expr)
+        if isinstance(value, Mapping):
+            return (type(value), tuple((name, self.key(part)) for name, part in value.items()))
+        if isinstance(value, (tuple, list)):
+            return (type(value), tuple(map(self.key, value)))
+        if isinstance(value, slice):
+            return (slice, self.key((value.start, value.stop, value.step)))
+        return (type(value), value)

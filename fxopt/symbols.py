@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import sympy
@@ -34,6 +34,13 @@ def dimension(node: Node, dim: int) -> sympy.Expr:
     if size is None:
         raise TypeError(f"{node} has no size along dimension {dim}")
     return size
+
+
+def described(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that no operator can tell apart without reading them."""
+    sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+    numbers = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+    return (tensor.dtype, tensor.device, tensor.layout, tensor.is_conj(), tensor.is_neg(), numbers)
 
 
 def mentions(value: Any, symbols: Iterable[sympy.Symbol]) -> bool:

@@ -26,6 +26,11 @@ RUNS = {
         ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],
         "stock eager",
     ),
+    "cold_start.py": (["--layers", "2", "4", "--backend", "eager"], "of the time of the first"),
+    "decode_loop.py": (
+        ["--tiny", "--backend", "eager", "--max-len", "64", "--prompt", "8", "--new", "4", "--rounds", "1"],
+        "Transformers' loop",
+    ),
     "chat.py": ([*QUICK, "--max-len", "64", "--new", "4"], "13 tokens of prompt, 7 of them were in the cache"),
     "streaming.py": ([*QUICK, "--prompt", "w5 w6 w7", "--new", "8"], "first words after"),
     "assisted_decoding.py": ([*QUICK, "--draft", TINY, "--prompt", "w5 w6 w7", "--new", "8"], "draft model"),

@@ -1,0 +1,175 @@
+"""Which decoder layers of a model do the same as each other, on the evidence of a run.
+
+Two layers are of one kind when their modules are alike in everything but their number and the values
+of their weights, and when, run for real, they called the same operators on the same things: what they
+were given, their own weights, what they had made before. Where the evidence is not plain, a layer is
+a kind of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Cache, PreTrainedModel
+
+from fxopt.program import KVShape
+
+#: Tensors up to this size that come from nowhere are compared by value.
+FEW = 64
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The decoder layers in order, each with a number that it shares with the layers of its kind."""
+
+    layers: tuple[nn.Module, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    def has_twin(self, layer: int) -> bool:
+        """Whether another layer is of the same kind."""
+        return self.numbers.count(self.numbers[layer]) > 1
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The modules of the decoder's layers: the outermost list of several different ones."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == len(set(module)) > 1:
+            return tuple(module)
+    return ()
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down what each of some layers does while a model runs."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._layers = tuple(layers)
+        self._records: dict[int, list[_Record]] = {}
+        self._current: _Record | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record everything that the layers do meanwhile."""
+        hooks = []
+        for number, layer in enumerate(self._layers):
+            begin = functools.partial(self._begin, number)
+            hooks.append(layer.register_forward_pre_hook(begin, with_kwargs=True))
+            hooks.append(layer.register_forward_hook(self._end))
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def kinds(self, shapes: Sequence[KVShape]) -> Kinds:
+        """Sort the layers by what was seen of them and by the shapes that each keeps."""
+        if len(shapes) != len(self._layers):
+            return Kinds()
+        numbers: list[int] = []
+        for index, layer in enumerate(self._layers):
+            like = (
+                numbers[other]
+                for other in range(index)
+                if shapes[other] == shapes[index]
+                and self._did_the_same(other, index)
+                and alike(self._layers[other], layer, (other, index))
+            )
+            numbers.append(next(like, index))
+        return Kinds(self._layers, tuple(numbers))
+
+    def _did_the_same(self, a: int, b: int) -> bool:
+        one, other = self._records.get(a, []), self._records.get(b, [])
+        return len(one) == len(other) == 1 and one[0].calls == other[0].calls
+
+    def _begin(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._current = _Record(layer, (args, kwargs))
+        self._records.setdefault(number, []).append(self._current)
+
+    def _end(self, layer: nn.Module, args: Any, result: Any) -> None:
+        if self._current is not None:
+            self._current.result(result)
+        self._current = None
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if self._current is not None:
+            self._current.call(func, (args, dict(kwargs or {})), made)
+        return made
+
+
+class _Record:
+    """The operators that one layer called, on what."""
+
+    def __init__(self, layer: nn.Module, given: Any) -> None:
+        self.calls: list[Hashable] = []
+        self._names: dict[int, Hashable] = {}
+        self._held: list[Tensor] = []  # so that no other tensor gets the id of a named one
+        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+            self._name(tensor, ("own", name))
+        for path, leaf in leaves(given).items():
+            if isinstance(leaf, Tensor):
+                self._name(leaf, ("given", path))
+
+    def call(self, func: Callable[..., Any], given: Any, made: Any) -> None:
+        self.calls.append((func, self._described(given)))
+        for place, tensor in enumerate(pytree.tree_leaves(made)):
+            if isinstance(tensor, Tensor) and id(tensor) not in self._names:
+                self._name(tensor, ("made", len(self.calls), place))
+
+    def result(self, result: Any) -> None:
+        self.calls.append(("returns", self._described(result)))
+
+    def _name(self, tensor: Tensor, name: Hashable) -> None:
+        self._names.setdefault(id(tensor), name)
+        self._held.append(tensor)
+
+    def _described(self, value: Any) -> Hashable:
+        return tuple((path, type(leaf), self._leaf(leaf)) for path, leaf in leaves(value).items())
+
+    def _leaf(self, leaf: Any) -> Hashable:
+        if not isinstance(leaf, Tensor):
+            return id(leaf) if isinstance(leaf, Cache) else str(leaf)
+        about = (leaf.dtype, leaf.device, tuple(leaf.shape), leaf.stride())
+        name = self._names.get(id(leaf))
+        if name is None and leaf.numel() <= FEW and not (leaf.is_meta or isinstance(leaf, FakeTensor)):
+            name = str(leaf.tolist())
+        return (about, id(leaf) if name is None else name)
+
+
+def leaves(value: Any) -> dict[str, Any]:
+    """What a nested value holds, by path; a cache counts as one thing."""
+    found, _ = pytree.tree_flatten_with_path(value, is_leaf=lambda part: isinstance(part, Cache))
+    return {pytree.keystr(path): leaf for path, leaf in found}
+
+
+def alike(a: Any, b: Any, numbers: tuple[int, int]) -> bool:
+    """Whether two modules, or two settings of theirs, differ in nothing but weights and their own ``numbers``."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+    if isinstance(a, int) and not isinstance(a, bool):
+        return a == b or (a, b) == numbers
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(alike(a[key], b[key], numbers) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(alike(x, y, numbers) for x, y in zip(a, b, strict=True))
+    if isinstance(a, functools.partial):
+        return a.func is b.func and alike((a.args, a.keywords), (b.args, b.keywords), numbers)
+    if isinstance(a, nn.Module):
+        return alike(vars(a), vars(b), numbers)
+    return isinstance(a, (str, float, bool, set, frozenset, torch.dtype, torch.device)) and a == b
