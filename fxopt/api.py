@@ -92,6 +92,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
             report.proofs[role.name] = lowered.proof
         if lowered.launches is not None:
             report.launches[role.name] = lowered.launches
+    report.graphs = engine.graphs()
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
     recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)

@@ -74,6 +74,15 @@ class Engine:
         batches = {1, self.limits.max_batch or 1}
         return [role(batch) for batch in sorted(batches) for role in (self.prefill_role, self.decode_role)]
 
+    def graphs(self) -> dict[str, str]:
+        """For how many sequences there are graphs of their own, and which of them are ready."""
+        largest = self.limits.max_batch
+        found = {}
+        for batch in (1, 2) if largest is None or largest > 1 else (1,):
+            ready = [role.name for role in self.compiled if role.batch == _any_from_two(batch)]
+            found[self.decode_role(batch).sequences] = ", ".join(ready) or "compiled on first use"
+        return found
+
     @property
     def compiled(self) -> dict[Role, Lowered]:
         """The graphs that are ready to run."""

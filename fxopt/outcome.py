@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from fxopt.listing import Listing
 from fxopt.step_cost import StepCost
@@ -12,8 +12,8 @@ from fxopt.step_cost import StepCost
 T = TypeVar("T")
 
 
-class WhenRead(Generic[T]):
-    """A field that may be given as a function, which is called when the field is first read."""
+class _WhenRead(Generic[T]):
+    """A field that may hold a function instead, which is called when the field is first read."""
 
     def __init__(self, default: T) -> None:
         self._default = default
@@ -29,8 +29,13 @@ class WhenRead(Generic[T]):
             value = vars(instance)[self._name] = value()
         return cast(T, value)
 
-    def __set__(self, instance: Any, value: T | Callable[[], T]) -> None:
+    def __set__(self, instance: object, value: T) -> None:
         vars(instance)[self._name] = value
+
+
+def when_read(default: T) -> T:
+    """The default of such a field; its type is that of what is read."""
+    return cast(T, _WhenRead(default))
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,14 @@ class Outcome:
     ops: dict[str, int] = field(default_factory=dict)  # operator -> how many more (or less) of it
     freed_bytes: int = 0
     seconds: float = 0.0
-    step: WhenRead[StepCost | None] = WhenRead(None)  # what one decode step costs after the pass
+    step: StepCost | None = when_read(None)  # noqa: RUF009, what one decode step costs after the pass
     verified: Check | None = None
     dropped: str | None = None  # why the whole pass was taken out again
-    listing: WhenRead[Listing] = WhenRead(())  # the graph after the pass
+    listing: Listing = when_read(())  # noqa: RUF009, the graph after the pass
+
+    def show_when_read(self, listing: Callable[[], Listing], step: Callable[[], StepCost | None]) -> None:
+        """Work out the graph's text and costs when somebody asks; few ever do."""
+        vars(self).update(listing=listing, step=step)
 
     @property
     def changed_something(self) -> bool:

@@ -198,9 +198,9 @@ class Pipeline:
         return True
 
     def _note(self, outcome: Outcome, program: Program) -> None:
-        """Keep an outcome with the graph that it led to; nobody may ever ask for its text and costs."""
-        outcome.listing = functools.partial(listing, program)
-        outcome.step = functools.partial(self._costed, program, outcome.name)
+        """Keep an outcome with the graph that it led to."""
+        costed = functools.partial(self._costed, program, outcome.name)
+        outcome.show_when_read(functools.partial(listing, program), costed)
         trace(outcome.name, lambda: "\n".join(line.text for line in outcome.listing))
         self._outcomes[outcome.name] = outcome
 

@@ -34,6 +34,7 @@ class ReportData:
     checks: list[Check] = field(default_factory=list)
     proofs: dict[str, InPlaceProof] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)  # of the compiled code, by role
+    graphs: dict[str, str] = field(default_factory=dict)  # for how many sequences: which are ready
     packed_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 

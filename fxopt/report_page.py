@@ -78,6 +78,7 @@ def _data(report: ReportData) -> dict[str, Any]:
             "packed_bytes": report.packed_bytes,
             "checks": [asdict(check) for check in report.checks],
             "proofs": [{"name": name, **asdict(proof)} for name, proof in report.proofs.items()],
+            "graphs": list(report.graphs.items()),
             "launches": list(report.launches.items()),
             "seconds": list(report.seconds.items()),
         },

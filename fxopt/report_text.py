@@ -120,6 +120,8 @@ def _closing(report: ReportData) -> Iterator[str]:
     if report.launches:
         counts = ", ".join(f"{name} {number}" for name, number in report.launches.items())
         lines.append(f"kernels in the compiled code: {counts}")
+    if report.graphs:
+        lines.append("graphs: " + "; ".join(f"for {batch} {ready}" for batch, ready in report.graphs.items()))
     if report.packed_bytes:
         lines.append(f"packed weights: {size(report.packed_bytes)}B re-seated, no second copy")
     if report.seconds:

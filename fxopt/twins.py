@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, PreTrainedModel
@@ -144,7 +144,8 @@ class _Record:
         about = (leaf.dtype, leaf.device, tuple(leaf.shape), leaf.stride())
         name = self._names.get(id(leaf))
         if name is None and leaf.numel() <= FEW and not (leaf.is_meta or isinstance(leaf, FakeTensor)):
-            name = str(leaf.tolist())
+            with unset_fake_temporarily():  # a number in the model's code is real, also where the model is not
+                name = str(leaf.tolist())
         return (about, id(leaf) if name is None else name)
 
 

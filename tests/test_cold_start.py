@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
 from cold_start import in_a_new_process
 
 #: Eight times the layers may take half as long again.

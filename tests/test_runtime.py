@@ -222,3 +222,12 @@ def test_a_full_cache_is_a_sentence(fast: Any) -> None:
     with pytest.raises(InvalidRequestError, match=f"max_len is {MAX_LEN}"):
         fast(input_ids=tokens[:, :1], past_key_values=cache)
     assert cache.length == MAX_LEN
+
+
+def test_the_report_names_the_graphs_by_batch() -> None:
+    alone, some = (fxopt.optimize(tiny("llama"), MAX_LEN, max_batch=limit, backend="eager") for limit in (1, None))
+    assert alone.fxopt.report.graphs == {"1 sequence": "prefill, decode"}
+    assert some.fxopt.report.graphs["two sequences or more"] == "compiled on first use"
+    both = fxopt.optimize(tiny("llama"), MAX_LEN, max_batch=4, backend="eager").fxopt.report
+    assert both.graphs == dict.fromkeys(("1 sequence", "two sequences or more"), "prefill, decode")
+    assert "for two sequences or more prefill, decode" in str(both)

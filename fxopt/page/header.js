@@ -41,6 +41,8 @@ function runFacts() {
   }
   if (report.launches.length)
     facts.push([`Compiled kernels: ${report.launches.map(([name, number]) => `${name} ${number}`).join(", ")}`]);
+  if (report.graphs.length)
+    facts.push([`Graphs ${report.graphs.map(([batch, ready]) => `for ${batch}: ${ready}`).join("; ")}`]);
   if (report.packed_bytes) facts.push([`${size(report.packed_bytes)} of weights packed`]);
   if (report.seconds.length) facts.push([`${sum(report.seconds.map(([, value]) => value)).toFixed(1)} s in all`]);
   return facts;
