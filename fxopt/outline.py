@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from fxopt.program import Program, key_name, value_name
+from fxopt.program import INPUT_IDS, Program, key_name, value_name
 from fxopt.symbols import expression
 
 
@@ -72,18 +72,22 @@ def _calls(program: Program) -> list[Node]:
     return [node for node in program.graph.nodes if node.op == "call_function"]
 
 
+def _buffers(program: Program) -> dict[str, int]:
+    """The cache buffers by name, with their layers."""
+    return {name(layer): layer for layer in range(len(program.facts.layers)) for name in (key_name, value_name)}
+
+
 class _Order:
     """The calls of a graph in an order in which each layer is one run."""
 
     def __init__(self, program: Program, calls: Sequence[Node]) -> None:
-        layers = len(program.facts.layers)
-        buffers = {name(i): i for i in range(layers) for name in (key_name, value_name)}
-        self._layers = layers
+        self._layers = len(program.facts.layers)
+        buffers = _buffers(program)
         self._level: dict[Node, int] = {}
         for node in program.graph.nodes:
             inherited = max((self._level[source] for source in node.all_input_nodes), default=-1)
             self._level[node] = buffers.get(str(node.target), inherited) if node.op == "placeholder" else inherited
-        self._sink_constants(program, calls)
+        self._sink(program, calls)
         self._shared = self._read_by_later_layers(calls)
         self._rank = {node: -2 if node in self._shared else self._level[node] for node in calls}
         self.nodes = sorted(calls, key=self._rank.__getitem__)  # stable: within a layer the order stays
@@ -102,15 +106,23 @@ class _Order:
             cuts.append(max(end for end in ends if alive[end] == fewest))
         return cuts
 
-    def _sink_constants(self, program: Program, calls: Sequence[Node]) -> None:
-        """What is made of weights and numbers alone goes to whoever uses it first."""
+    def _sink(self, program: Program, calls: Sequence[Node]) -> None:
+        """Constants go to whoever uses them first, and tables that one layer alone reads go to that layer."""
+        tokens = {INPUT_IDS, *_buffers(program)}
         varying = set(program.placeholders().values())
+        computed = {node for name, node in program.placeholders().items() if name in tokens}
         for node in calls:
             if not varying.isdisjoint(node.all_input_nodes):
                 varying.add(node)
+            if not computed.isdisjoint(node.all_input_nodes) and not _is_size(node):
+                computed.add(node)
         for node in reversed(calls):
-            if node not in varying and node.users:
-                self._level[node] = min(self._level[user] for user in node.users)
+            if node in computed or not node.users:
+                continue
+            levels = [self._level[user] for user in node.users]
+            # One layer spans two levels: what it does before it reads its buffer, and what it does after.
+            if node not in varying or max(levels) - min(levels) <= 1:
+                self._level[node] = min(levels)
 
     def _read_by_later_layers(self, calls: Sequence[Node]) -> set[Node]:
         """Values made before the first layer that others read too, and what they are made of: masks, rotary tables."""
