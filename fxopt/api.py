@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from fxopt.admission import Selection, admit, select
 from fxopt.artifact.keys import Recipe
 from fxopt.engine import Engine, Limits
-from fxopt.errors import LoweringError, VerificationError, first_line
+from fxopt.errors import CaptureDiffersError, LoweringError, VerificationError, first_line
 from fxopt.judge import Judge
 from fxopt.lower import Backend, Compile, Lowered, lower
 from fxopt.model import make_fast
@@ -25,6 +26,8 @@ from fxopt.request import Request, Verify
 from fxopt.rewrite import Pass
 from fxopt.specialise import Role
 from fxopt.weights import pack, packed_bytes
+
+log = logging.getLogger("fxopt")
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -58,9 +61,17 @@ def optimize(
     request = Request(max_len, max_batch, backend, verify, strict, chunk, compile, max_cache_bytes)
     admit(model, request)
     selected = select(passes)
+    try:
+        return _optimized(model, selected, request, twins=True)
+    except CaptureDiffersError as error:
+        log.warning("%s; trying again, every layer traced by itself", first_line(error))
+        return _optimized(model, selected, request, twins=False)
+
+
+def _optimized(model: Model, selected: Iterable[Pass[Any]], request: Request, *, twins: bool) -> Model:
     progress = Progress()
     with progress.step("capture"):
-        captured = request.captured(model)
+        captured = request.captured(model, twins=twins)
     return build(model, captured, selected, request, progress)
 
 
@@ -92,7 +103,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
             report.proofs[role.name] = lowered.proof
         if lowered.launches is not None:
             report.launches[role.name] = lowered.launches
-    report.graphs = engine.graphs()
+    report.graphs = engine.readiness()
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
     recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
@@ -30,15 +32,26 @@ from fxopt.twins import Kinds, Recorder, decoder_layers
 #: Sizes to trace with: different from each other and from 1, so that none is taken for another.
 BATCH, STEP, PAST = 2, 3, 5
 
+log = logging.getLogger("fxopt")
+
 _lock = threading.Lock()
 
 
 def capture(
-    model: PreTrainedModel, *, max_len: int, capacity: int, backend: str = "eager", compile: str = "whole"
+    model: PreTrainedModel,
+    *,
+    max_len: int,
+    capacity: int,
+    backend: str = "eager",
+    compile: str = "whole",
+    twins: bool = True,
 ) -> Program:
-    """Capture ``model`` once; its configuration is as it was, also after an error."""
+    """Capture ``model``; its configuration is as it was, also after an error.
+
+    With ``twins`` layers that do the same are traced once.
+    """
     with _lock, _exportable(model), torch.no_grad():
-        layers, dtype, output_class, kinds = _probe(model)
+        layers, dtype, output_class, recorder = _probe(model)
         facts = Facts(
             layers=layers,
             capacity=capacity,
@@ -53,11 +66,24 @@ def capture(
             compile=compile,
         )
         wrapped = _TensorsIn(model)
-        with standing_in(kinds):
-            exported = _export(wrapped, facts)
-        module = exported.module()
-        unfold(module, wrapped, kinds)
+        kinds = _kinds(wrapped, facts, recorder) if twins else Kinds()
+        try:
+            module = _traced(wrapped, facts, kinds)
+        except CaptureError as error:
+            if not any(map(kinds.has_twin, range(len(kinds.layers)))):
+                raise
+            log.info("%s; trying again, every layer traced by itself", first_line(error))
+            module = _traced(wrapped, facts, Kinds())
     return _program(module, facts)
+
+
+def _traced(model: _TensorsIn, facts: Facts, kinds: Kinds) -> GraphModule:
+    """The graph as export leaves it, with one layer of each kind traced."""
+    with standing_in(kinds):
+        exported = _export(model, facts)
+    module = exported.module()
+    unfold(module, model, kinds)
+    return module
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -138,7 +164,7 @@ def _experts_as(model: PreTrainedModel, implementation: str) -> Iterator[None]:
         model.config._experts_implementation = before
 
 
-def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, type, Kinds]:
+def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, type, Recorder]:
     """Run two tokens; look at what the layers do and keep, and in what the result is handed out."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     cache = DynamicCache()
@@ -162,20 +188,34 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, ty
         shapes.append(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]))
     if not shapes:
         raise CaptureError(f"{type(model).__name__} kept nothing in the cache it was given; use the stock model")
-    return tuple(shapes), cache.layers[0].keys.dtype, type(output), recorder.kinds(shapes)
+    return tuple(shapes), cache.layers[0].keys.dtype, type(output), recorder
 
 
-def _export(model: _TensorsIn, facts: Facts) -> torch.export.ExportedProgram:
-    layers = facts.layers
+def _kinds(model: _TensorsIn, facts: Facts, recorder: Recorder) -> Kinds:
+    """Which layers do the same, also under the conditions of the trace: a past, and a mask that hides something."""
+    if not any(isinstance(weight.data, FakeTensor) for weight in model.parameters()):  # else a mask has no values
+        arguments = _arguments(facts)
+        arguments[ATTENTION_MASK][0, 0] = 0
+        with _experts_as(model.model, "batched_mm"), recorder.watching():
+            model(**arguments)
+    return recorder.kinds(facts.layers)
+
+
+def _arguments(facts: Facts) -> dict[str, Any]:
+    """What the wrapped model is traced with."""
     like: dict[str, Any] = {"dtype": facts.dtype, "device": facts.device}
-    shapes = [layer.shapes(BATCH, PAST) for layer in layers]
-    arguments = {
+    shapes = [layer.shapes(BATCH, PAST) for layer in facts.layers]
+    return {
         INPUT_IDS: torch.zeros(BATCH, STEP, dtype=torch.long, device=facts.device),
         ATTENTION_MASK: torch.ones(BATCH, PAST + STEP, dtype=torch.long, device=facts.device),
         POSITION_IDS: torch.arange(PAST, PAST + STEP, device=facts.device).repeat(BATCH, 1),
         "keys": [torch.zeros(key, **like) for key, _ in shapes],
         "values": [torch.zeros(value, **like) for _, value in shapes],
     }
+
+
+def _export(model: _TensorsIn, facts: Facts) -> torch.export.ExportedProgram:
+    layers = facts.layers
     limit = position_limit(model.model)
     longest = {"max": limit - 2} if limit is not None and limit > 16 else {}
     batch, step, past = Dim("batch"), Dim("step", **longest), Dim("past", **longest)
@@ -190,7 +230,7 @@ def _export(model: _TensorsIn, facts: Facts) -> torch.export.ExportedProgram:
         return torch.export.export(
             model,
             (),
-            arguments,
+            _arguments(facts),
             dynamic_shapes=dynamic,
             strict=False,
         )

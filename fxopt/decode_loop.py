@@ -127,7 +127,7 @@ def decode(
     logits, decoding = outputs.logits, None
     while True:
         scores = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        tokens = ends(draws(processors(sequences[:, :length], scores)))
+        tokens = ends(draws(processors(sequences[:, :length].contiguous(), scores)))
         sequences[:, length] = tokens
         length += 1
         if streamer is not None:

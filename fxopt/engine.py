@@ -74,7 +74,7 @@ class Engine:
         batches = {1, self.limits.max_batch or 1}
         return [role(batch) for batch in sorted(batches) for role in (self.prefill_role, self.decode_role)]
 
-    def graphs(self) -> dict[str, str]:
+    def readiness(self) -> dict[str, str]:
         """For how many sequences there are graphs of their own, and which of them are ready."""
         largest = self.limits.max_batch
         found = {}

@@ -30,6 +30,10 @@ class VerificationError(FxoptError, RuntimeError):
     """A rewritten graph does not compute what the stock model computes."""
 
 
+class CaptureDiffersError(VerificationError):
+    """The graph was wrong before any pass had touched it."""
+
+
 class CacheMemoryError(FxoptError, MemoryError):
     """There is no memory for one more cache; those that are held go on working."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -64,6 +65,10 @@ def load(
         raise InvalidRequestError(f"code={code!r} is not one of {', '.join(get_args(WhoseCode))}")
     if not isinstance(model, PreTrainedModel):
         raise InvalidRequestError(f"a {type(model).__name__} was given, but the Hugging Face causal LM is needed")
+    if not isinstance(expected, Mapping | None):
+        raise InvalidRequestError(f"expected={expected!r} is no mapping; give options by name, as {{'max_len': 512}}")
+    if not isinstance(folder, str | os.PathLike):
+        raise InvalidRequestError(f"folder={folder!r} is no path; give the folder that was saved to")
     progress = Progress()
     with progress.step("read"):
         archive = read(Path(folder))
@@ -146,18 +151,25 @@ def _fitting(manifest: dict[str, Any], model: PreTrainedModel, expected: Mapping
     return request, Recipe(asdict(request), passes, dropped)
 
 
+_EXPECT = "load what was saved with these options, or optimise and save with those that you expect"
+
+
 def _check_expected(
     request: Request, passes: tuple[Pass[Any], ...], dropped: Mapping[str, str], expected: Mapping[str, Any]
 ) -> None:
     options = asdict(request)
     for name, value in expected.items():
         if name == "passes":
-            wanted = [pass_record(one) for one in select(value) if one.name not in dropped]
-            compare({"passes": [pass_record(one) for one in passes]}, {"passes": wanted})
+            wanted = [one for one in select(value) if one.name not in dropped]
+            compare({"passes": _records(passes)}, {"passes": _records(wanted)}, so=_EXPECT)
         elif name not in options:
             raise InvalidRequestError(f"expected names {name!r}; there are passes, {', '.join(options)}")
         else:
-            compare({name: options[name]}, {name: to_plain(value)})
+            compare({name: options[name]}, {name: to_plain(value)}, so=_EXPECT)
+
+
+def _records(passes: Iterable[Pass[Any]]) -> dict[str, Any]:
+    return {one.name: pass_record(one) for one in passes}
 
 
 def _engine(
@@ -166,7 +178,7 @@ def _engine(
     """An engine that has the saved graphs, and makes others from the symbolic one when they are asked for."""
     facts, request = saved.facts, saved.request
     symbolic = _once(functools.partial(saved.symbolic.program, weights, facts))
-    policy = Policy(request.strict, None, False, request.max_batch or 1)
+    policy = Policy(strict=request.strict, batch=request.max_batch or 1)
 
     def source(role: Role) -> Lowered:
         return compiled_graph(Pipeline(saved.recipe.passes, symbolic(), policy), request.backend, role)

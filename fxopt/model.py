@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Handle:
 
         Weights are not in it. A model that was saved there before is replaced in one go.
         """
+        if not isinstance(folder, str | os.PathLike):
+            raise InvalidRequestError(f"folder={folder!r} is no path; give a folder to save to")
         self.watch.check()
         save(Path(folder), self._model, self.engine, self.symbolic, self.report, self._recipe)
 

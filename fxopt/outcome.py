@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from fxopt.listing import Listing
 from fxopt.step_cost import StepCost
@@ -84,6 +84,10 @@ class Outcome:
     def show_when_read(self, listing: Callable[[], Listing], step: Callable[[], StepCost | None]) -> None:
         """Work out the graph's text and costs when somebody asks; few ever do."""
         vars(self).update(listing=listing, step=step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a file, has the text and the costs instead of the graph that they come from."""
+        return {**vars(self), "listing": self.listing, "step": self.step}
 
     @property
     def changed_something(self) -> bool:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from fxopt.program import INPUT_IDS, Program, key_name, value_name
-from fxopt.symbols import expression
+from fxopt.symbols import expression, fresh_like
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class Region:
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 value = node.meta["val"]
-                found.append(_twin(value) if any(value is other for other in found) else value)
+                if isinstance(value, FakeTensor) and any(value is other for other in found):
+                    with value.fake_mode:
+                        value = fresh_like(value)
+                found.append(value)
         return found
 
 
@@ -230,14 +233,6 @@ class _Copier:
     def _note(self, node: Node, what: str) -> None:
         self._numbers[node] = len(self._numbers)
         self.lines.append(f"%{self._numbers[node]} = {what} {_shape(node.meta['val'])}")
-
-
-def _twin(value: Any) -> Any:
-    """A fake tensor like another one, in memory of its own."""
-    if not isinstance(value, FakeTensor):
-        return value
-    with value.fake_mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _is_size(node: Node) -> bool:

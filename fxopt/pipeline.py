@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fxopt.driver import apply, require
-from fxopt.errors import RewriteError, VerificationError, first_line, warn
+from fxopt.errors import CaptureDiffersError, RewriteError, VerificationError, first_line, warn
 from fxopt.judge import Judge, Verdict
 from fxopt.listing import listing
 from fxopt.outcome import Check, Outcome
@@ -114,7 +114,7 @@ class Pipeline:
             self.run()
             check, complaint = judged_safely(self.policy.judge.graph, self.program)
         if complaint is not None:
-            raise VerificationError(
+            raise CaptureDiffersError(
                 f"the rewritten graph differs from the stock model ({complaint}), but with no single pass added. "
                 'Use the stock model or passes="minimal", and report it.'
             )
@@ -161,7 +161,7 @@ class Pipeline:
         start.verified, complaint = judged_safely(judged, program)
         self._last_check = start.verified
         if complaint is not None:
-            raise VerificationError(
+            raise CaptureDiffersError(
                 f"before any pass, {start.name} made a graph that is wrong: {complaint}. "
                 "Use the stock model, and report the architecture."
             )

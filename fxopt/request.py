@@ -30,10 +30,16 @@ class Request:
     compile: Compile = "auto"
     max_cache_bytes: int | None = None
 
-    def captured(self, model: PreTrainedModel) -> Program:
-        """The model as one graph, for what is asked here."""
-        capacity = whole_windows(self.max_len)
-        return capture(model, max_len=self.max_len, capacity=capacity, backend=self.backend, compile=self.compile)
+    def captured(self, model: PreTrainedModel, *, twins: bool = True) -> Program:
+        """The model as one graph, for what is asked here; see :func:`capture` for ``twins``."""
+        return capture(
+            model,
+            max_len=self.max_len,
+            capacity=whole_windows(self.max_len),
+            backend=self.backend,
+            compile=self.compile,
+            twins=twins,
+        )
 
     @property
     def limits(self) -> Limits:

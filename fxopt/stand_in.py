@@ -20,22 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
-from transformers import Cache
 
-from fxopt.symbols import described
-from fxopt.twins import Kinds
+from fxopt.symbols import described, fresh_like
+from fxopt.twins import Kinds, is_cache
 
 
 def _same(tensors: list[Tensor], layer: int) -> list[Tensor]:
-    return [_another(tensor) for tensor in tensors]
+    return [fresh_like(tensor) for tensor in tensors]
 
 
 def _like(given: list[Tensor], like: list[Tensor], twin: int, layer: int) -> list[Tensor]:
-    return [_another(tensor) for tensor in like]
-
-
-def _another(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return [fresh_like(tensor) for tensor in like]
 
 
 for name, signature, shapes in (
@@ -77,8 +72,8 @@ class _Call:
 
     def __init__(self, number: int, args: Any, kwargs: Any) -> None:
         self.number = number
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)
-        self.caches = {id(leaf): leaf for leaf in self.leaves if _is_cache(leaf)}
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+        self.caches = {id(leaf): leaf for leaf in self.leaves if is_cache(leaf)}
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         if self.can_be_stood_in_for:
             self.tensors += [self.kept.keys, self.kept.values]
@@ -149,13 +144,9 @@ class _Tracer:
         tensors = iter(given)
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        result, spec = pytree.tree_flatten(layer(*args, **kwargs), is_leaf=_is_cache)
+        result, spec = pytree.tree_flatten(layer(*args, **kwargs), is_leaf=is_cache)
         made = [leaf for leaf in result if isinstance(leaf, Tensor)] + [call.kept.keys, call.kept.values]
         return _Traced(call, result, spec, torch.ops.fxopt.leave_layer(made, call.number))
-
-
-def _is_cache(value: Any) -> bool:
-    return isinstance(value, Cache)
 
 
 _ENTER = torch.ops.fxopt.enter_layer.default
@@ -167,17 +158,16 @@ _NUMBER = re.compile(r"_\d+$")
 def unfold(module: GraphModule, model: nn.Module, kinds: Kinds) -> None:
     """Copy the nodes of each traced layer to where an operator stands in for a twin of it."""
     paths = {layer: path for path, layer in model.named_modules()}
-    enters, leaves, stand_ins = (
+    enters, exits, stand_ins = (
         module.graph.find_nodes(op="call_function", target=target) for target in (_ENTER, _LEAVE, _LIKE)
     )
     readers = {attrgetter(node.target)(module): node for node in module.graph.find_nodes(op="get_attr")}
-    owned = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    weights = {path: readers[weight] for path, weight in owned if weight in readers}
-    bodies = {enter.args[1]: _Body(enter, leave) for enter, leave in zip(enters, leaves, strict=True)}
+    bodies = {enter.args[1]: _Body(enter, leave) for enter, leave in zip(enters, exits, strict=True)}
     for node in stand_ins:
         _, _, twin, number = node.args
-        move = _Move(paths[kinds.layers[twin]], paths[kinds.layers[number]])
-        _copy(bodies[twin], node, weights, move)
+        start, end = kinds.layers[twin], kinds.layers[number]
+        weights = {readers[weight]: readers[other] for weight, other in _own_weights(start, end) if weight in readers}
+        _copy(bodies[twin], node, weights, _Move(paths[start], paths[end]))
     for body in bodies.values():
         for mark in (body.leave, body.enter):
             _take_apart(mark, _nodes(mark.args[0]))
@@ -200,6 +190,12 @@ class _Body:
             node = node.next
 
 
+def _own_weights(layer: nn.Module, twin: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights of a layer with those that its twin has in their place. Other layers may share either of them."""
+    for path, weight in (*layer.named_parameters(), *layer.named_buffers()):
+        yield weight, attrgetter(path)(twin)
+
+
 @dataclass(frozen=True)
 class _Move:
     """From the path of one module to that of its twin."""
@@ -213,16 +209,14 @@ class _Move:
         return self.end + path[len(self.start) :] if inside else path
 
 
-def _copy(body: _Body, stand_in: Node, weights: Mapping[str, Node], move: _Move) -> None:
-    """Put the nodes of a traced layer in the place of a stand-in. ``weights`` has who reads them, by path."""
+def _copy(body: _Body, stand_in: Node, weights: Mapping[Node, Node], move: _Move) -> None:
+    """Put the nodes of a traced layer in the place of a stand-in, with other ``weights``."""
     graph = stand_in.graph
     given = _nodes(stand_in.args[0])
-    twins = {node: given[place] for node, place in body.given.items()}
+    twins = {**weights, **{node: given[place] for node, place in body.given.items()}}
 
     def twin(node: Node) -> Node:
-        if node.op == "get_attr" and node.target in weights:  # the others are constants in the model's code
-            return weights[move(str(node.target))]
-        return twins.get(node, node)
+        return twins.get(node, node)  # constants in the model's code, and what lies outside of the layer, are shared
 
     with graph.inserting_before(stand_in):
         for node in body.nodes:

@@ -43,6 +43,11 @@ def described(tensor: torch.Tensor) -> Hashable:
     return (tensor.dtype, tensor.device, tensor.layout, tensor.is_conj(), tensor.is_neg(), numbers)
 
 
+def fresh_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same form in memory of its own."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
 def mentions(value: Any, symbols: Iterable[sympy.Symbol]) -> bool:
     """Whether a value is symbolic in one of ``symbols``."""
     found = expression(value)

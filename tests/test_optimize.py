@@ -153,3 +153,11 @@ def test_every_pass_can_be_left_out_alone(stock: PreTrainedModel, left_out: str)
     fast = fxopt.optimize(stock, max_len=64, backend="eager", passes={left_out: False}, strict=True)
     expected = stock.generate(TOKENS, max_new_tokens=20, do_sample=False)
     assert fast.generate(TOKENS, max_new_tokens=20, do_sample=False).tolist() == expected.tolist()
+
+
+def test_a_report_can_be_copied_and_pickled_before_anybody_has_read_it() -> None:
+    report = fxopt.optimize(tiny("llama"), max_len=64, backend="eager").fxopt.report
+    copied, kept = copy.deepcopy(report), pickle.loads(pickle.dumps(report))
+    assert copied == kept == report
+    assert kept["fuse_qkv"].step is not None
+    assert kept.diff("fuse_qkv") == report.diff("fuse_qkv")

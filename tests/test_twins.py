@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx import map_arg
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 import fxopt
 from fxopt import twins
@@ -75,20 +76,84 @@ def test_a_copy_is_what_a_trace_would_be(family: str, monkeypatch: pytest.Monkey
     assert copied == operators(captured(model))
 
 
-def test_code_that_looks_at_its_number_is_traced_for_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.llama.modeling_llama import LlamaMLP
+def compare(stock: Any) -> None:
+    """The graph as it is captured, and nothing compared on the way: the same tokens, one row padded."""
+    fast = fxopt.optimize(stock, max_len=64, backend="eager", verify="off", passes="minimal")
+    tokens = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    wanted, found = (model.generate(tokens, **settings).tolist() for model in (stock, fast))
+    assert found == wanted
 
+
+def test_code_that_looks_at_its_number_is_traced_for_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     stock: Any = tiny("llama", layers=LAYERS)
-    layers: Any = stock.get_submodule("model.layers")
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(stock.model.layers):
         layer.mlp.layer_idx = number
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) / (1 + self.layer_idx // 2))
     assert list(traced_layers(stock, monkeypatch)) == [0, 2]  # an operator on other numbers is another operator
-    fast = fxopt.optimize(stock, max_len=64, backend="eager", verify="off")
-    tokens = torch.randint(3, VOCABULARY, (1, 12))
-    wanted, found = (model.generate(tokens, max_new_tokens=8, do_sample=False) for model in (stock, fast))
-    assert found.tolist() == wanted.tolist()
+    compare(stock)
+
+
+def test_code_that_looks_at_its_number_only_where_there_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaAttention.forward
+
+    def every_second_is_blind(self: Any, hidden_states: Any, *args: Any, **options: Any) -> Any:
+        if options.get("attention_mask") is not None and self.layer_idx % 2:
+            options["attention_mask"] = options["attention_mask"][..., :1].logical_not()
+        return forward(self, hidden_states, *args, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", every_second_is_blind)
+    assert list(traced_layers(tiny("llama", layers=LAYERS), monkeypatch)) == [0, 1]
+
+
+@pytest.mark.parametrize(("source", "target"), [(0, 2), (0, 3), (2, 0), (3, 1)])
+def test_weights_that_layers_share(source: int, target: int) -> None:
+    stock: Any = tiny("llama", layers=LAYERS)
+    layers = stock.model.layers
+    layers[target].mlp.down_proj.weight = layers[source].mlp.down_proj.weight
+    compare(stock)
+
+
+def test_a_module_that_layers_share() -> None:
+    stock: Any = tiny("llama", layers=LAYERS)
+    stock.model.layers[2].mlp = stock.model.layers[0].mlp
+    compare(stock)
+
+
+def test_what_a_layer_leaves_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock: Any = tiny("llama", layers=LAYERS)
+    stock.model.norm.read = list(stock.model.layers)
+    run, norm = LlamaDecoderLayer.forward, LlamaRMSNorm.forward
+
+    def leaves_its_result(self: Any, *args: Any, **options: Any) -> Any:
+        self.left = run(self, *args, **options)
+        return self.left
+
+    def reads_them_all(self: Any, hidden: Any) -> Any:
+        return norm(self, hidden + sum(layer.left for layer in getattr(self, "read", ())))
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", leaves_its_result)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", reads_them_all)
+    assert not list(traced_layers(stock, monkeypatch))  # export runs them all
+    compare(stock)
+
+
+def test_a_graph_that_is_wrong_is_captured_again_without_twins(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Evidence that misleads costs time, not tokens."""
+    monkeypatch.setattr(twins.Recorder, "_did_the_same", lambda *_: True)
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) / (1 + self.layer_idx // 2))
+    stock: Any = tiny("llama", layers=LAYERS)
+    for number, layer in enumerate(stock.model.layers):
+        layer.mlp.layer_idx = number
+    with caplog.at_level("WARNING", logger="fxopt"):
+        fxopt.optimize(stock, max_len=64, backend="eager")
+    assert "every layer traced by itself" in caplog.text
 
 
 def test_a_hook_makes_a_layer_a_kind_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +179,13 @@ def test_alike() -> None:
     assert not alike(layer(rule=lambda: 1), layer(rule=lambda: 2), (0, 1))
     assert not alike(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 5)), (0, 1))
     assert not alike(layer(), layer().train(False), (0, 1))
+
+
+def test_modules_that_hold_each_other_can_be_compared() -> None:
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    for module in (one, other):
+        setattr(module, "owner", (module,))  # noqa: B010
+    assert alike(one, other, (0, 1))
 
 
 def test_an_error_leaves_the_layers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,16 +58,16 @@ def processor_of(device: torch.device) -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, {machine}"
 
 
-def compare(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise a sentence that names the first key with another value."""
+AGAIN = "what was saved fits that model and that machine only. Optimise again, and save"
+
+
+def compare(saved: Mapping[str, Any], here: Mapping[str, Any], *, so: str = AGAIN) -> None:
+    """Raise a sentence that names the first key with another value, and says what to do."""
     for name, value in here.items():
         difference = next(_differences(name, saved.get(name, _NOTHING), value), None)
         if difference is not None:
             place, before, now = difference
-            raise ArtifactError(
-                f"{place} differs: {_shown(before)} when it was saved, {_shown(now)} here; "
-                "what was saved fits that model and that machine only. Optimise again, and save"
-            )
+            raise ArtifactError(f"{place} differs: {_shown(before)} when it was saved, {_shown(now)} here; {so}")
 
 
 def pass_record(rewriter: Pass[Any]) -> dict[str, Any]:
