@@ -120,3 +120,8 @@ def test_every_package_is_shipped() -> None:
     assert listed is not None
     folders = {"fxopt", *(f"fxopt.{path.parent.name}" for path in (ROOT / "fxopt").glob("*/__init__.py"))}
     assert set(re.findall(r'"([\w.]+)"', listed.group(1))) == folders
+
+
+def test_no_page_was_left_half_written() -> None:
+    for page in (*WALK.parent.glob("*.md"), WALK.parent.parent / "README.md"):
+        assert not re.search(r"@@[A-Z]+@@|TODO|FIXME", page.read_text()), page.name

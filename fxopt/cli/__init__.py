@@ -1,4 +1,4 @@
-"""The command line: ``fxopt demo``, ``generate``, ``explain``, ``verify``, ``bisect``, ``passes``."""
+"""The command line: ``fxopt demo``, ``generate``, ``explain``, ``verify``, ``bisect``, ``plan``, ``passes``."""
 
 from fxopt.cli.entry import main
 

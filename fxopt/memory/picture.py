@@ -1,0 +1,172 @@
+"""A plan as a picture: time to the right, the arena upwards, one rectangle for each buffer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+from fxopt.memory.planner import Plan
+from fxopt.memory.problem import Buffer
+
+WIDTH, HEIGHT = 1000, 520
+LEFT, RIGHT, TOP, BOTTOM = 78, 24, 64, 44
+TICKS = 5
+LETTER, LINE = 6.2, 13  # pixels of a label's letter, and of its height
+
+#: One colour for each kind of buffer, in light and in dark; further kinds begin again.
+COLOURS = (
+    ("#7fa8dc", "#3d6aa8"),
+    ("#8cc7b5", "#2f7a68"),
+    ("#e8b98a", "#96602a"),
+    ("#b9a8e0", "#6552a0"),
+    ("#d99aa8", "#8f4a5c"),
+    ("#b5bcc6", "#566170"),
+)
+#: Neighbours of one colour are told apart by how strong it is.
+STRENGTHS = (1.0, 0.8, 0.62)
+
+# Every colour is said twice, since not every program that shows SVG knows light-dark().
+_STYLE = """
+:root { color-scheme: light dark; }
+.memory-plan { font: 12px system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+.memory-plan .sheet { fill: #ffffff; fill: light-dark(#ffffff, #151a21); }
+.memory-plan text { fill: #1b2230; fill: light-dark(#1b2230, #dfe5ee); }
+.memory-plan .faint { fill: #525d6e; fill: light-dark(#525d6e, #9ba8b9); }
+.memory-plan .name { font-size: 10.5px; pointer-events: none; fill: #10151f; fill: light-dark(#10151f, #f2f5fa); }
+.memory-plan .grid { stroke: #dde1e7; stroke: light-dark(#dde1e7, #2a323d); }
+.memory-plan .buffer { stroke: #ffffff; stroke: light-dark(#ffffff, #151a21); stroke-width: 0.7; }
+.memory-plan .buffer:hover { stroke: #1b2230; stroke: light-dark(#1b2230, #dfe5ee); fill-opacity: 1; }
+.memory-plan .arena { stroke: #525d6e; stroke: light-dark(#525d6e, #9ba8b9); }
+.memory-plan .bound { stroke: #b03d06; stroke: light-dark(#b03d06, #ff9a66); stroke-width: 1.5; stroke-dasharray: 6 4; }
+.memory-plan .bound-text { fill: #b03d06; fill: light-dark(#b03d06, #ff9a66); }
+"""
+
+_CONTROL = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML cannot hold
+
+
+def draw(plan: Plan, title: str = "Memory plan", captions: Mapping[str, str] | None = None) -> str:
+    """An SVG that needs nothing else. ``captions`` are further words on buffers, shown when one points at them."""
+    scale = _Scale.of(plan)
+    kinds = list(dict.fromkeys(buffer.kind for buffer in plan.problem.placed))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="memory-plan" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{_safe(title)}">',
+        f"<style>{_STYLE}{_kind_styles(kinds)}</style>",
+        f'<rect class="sheet" width="{WIDTH}" height="{HEIGHT}"/>',
+        f'<text x="{LEFT}" y="24" font-size="15" font-weight="600">{_safe(title)}</text>',
+        f'<text class="faint" x="{LEFT}" y="43">{_safe(_summary(plan))}</text>',
+        *_legend(kinds),
+        *_axes(scale),
+    ]
+    for number, buffer in enumerate(plan.problem.placed):
+        caption = (captions or {}).get(buffer.name, "")
+        parts.extend(_rectangle(scale, buffer, plan.offsets[buffer.name], number, kinds.index(buffer.kind), caption))
+    return "\n".join([*parts, *_levels(scale, plan), "</svg>", ""])
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Steps and bytes as pixels."""
+
+    first: int
+    last: int
+    highest: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Scale:
+        lives = [(buffer.start, buffer.end) for buffer in plan.problem.placed] or [(0, 1)]
+        return cls(min(start for start, _ in lives), max(end for _, end in lives), max(plan.size, 1))
+
+    def x(self, step: float) -> float:
+        return LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, nbytes: float) -> float:
+        return HEIGHT - BOTTOM - nbytes / self.highest * (HEIGHT - TOP - BOTTOM)
+
+
+def _rectangle(scale: _Scale, buffer: Buffer, offset: int, number: int, kind: int, caption: str) -> list[str]:
+    left, right = scale.x(buffer.start), scale.x(buffer.end)
+    top, bottom = scale.y(offset + buffer.size), scale.y(offset)
+    said = [
+        f"{buffer.name} ({buffer.kind})",
+        f"{buffer.nbytes:,} bytes ({readable(buffer.nbytes)}) at {offset:,}",
+        f"steps {buffer.start} to {buffer.end}",
+        *filter(None, [caption]),
+    ]
+    strength = STRENGTHS[number % len(STRENGTHS)]
+    found = [
+        f'<rect class="buffer kind-{kind % len(COLOURS)}" fill-opacity="{strength}" x="{left:.2f}" y="{top:.2f}" '
+        f'width="{right - left:.2f}" height="{bottom - top:.2f}"><title>{_safe(chr(10).join(said))}</title></rect>'
+    ]
+    if bottom - top > LINE and right - left > LETTER * len(buffer.name) + 6:
+        found.append(
+            f'<text class="name" x="{left + 4:.2f}" y="{(top + bottom) / 2 + 3.5:.2f}">{_safe(buffer.name)}</text>'
+        )
+    return found
+
+
+def _axes(scale: _Scale) -> list[str]:
+    found, foot = [], HEIGHT - BOTTOM + 18
+    for tick in range(TICKS + 1):
+        nbytes = scale.highest * tick / TICKS
+        y, step = scale.y(nbytes), scale.first + (scale.last - scale.first) * tick / TICKS
+        found += [
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.2f}" y2="{y:.2f}"/>',
+            f'<text class="faint" text-anchor="end" x="{LEFT - 8}" y="{y + 4:.2f}">{readable(nbytes)}</text>',
+            f'<text class="faint" text-anchor="middle" x="{scale.x(step):.2f}" y="{foot}">{step:,.0f}</text>',
+        ]
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    return [*found, f'<text class="faint" text-anchor="middle" x="{middle}" y="{HEIGHT - 8}">step</text>']
+
+
+def _levels(scale: _Scale, plan: Plan) -> list[str]:
+    """The lower bound above all rectangles, which would hide it, and the end of the arena."""
+    arena, bound = scale.y(plan.size), scale.y(plan.lower_bound)
+    ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}"'
+    words = f"lower bound {readable(plan.lower_bound)}"
+    place = f'text-anchor="end" x="{WIDTH - RIGHT}" y="{TOP - 6}"'
+    return [
+        f'<line class="arena" {ends} y1="{arena:.2f}" y2="{arena:.2f}"/>',
+        f'<line class="bound" {ends} y1="{bound:.2f}" y2="{bound:.2f}"><title>{words}</title></line>',
+        f'<text class="bound-text" {place}>- - {words}</text>',
+    ]
+
+
+def _legend(kinds: list[str]) -> list[str]:
+    """The kinds from right to left, if there are several."""
+    found: list[str] = []
+    x = float(WIDTH - RIGHT)
+    for number, kind in reversed(list(enumerate(kinds)) if len(kinds) > 1 else []):
+        x -= LETTER * len(kind) + 26
+        swatch = f'class="kind-{number % len(COLOURS)}" x="{x:.1f}" y="14" width="11" height="11" rx="2"'
+        found += [f"<rect {swatch}/>", f'<text class="faint" x="{x + 16:.1f}" y="24">{_safe(kind)}</text>']
+    return found
+
+
+def _kind_styles(kinds: list[str]) -> str:
+    return "".join(
+        f".memory-plan .kind-{number} {{ fill: {light}; fill: light-dark({light}, {dark}); }}\n"
+        for number, (light, dark) in enumerate(COLOURS[: len(kinds)])
+    )
+
+
+def _summary(plan: Plan) -> str:
+    said = f"arena {readable(plan.size)}, {plan.status}"
+    if plan.gap:
+        said += f" (at most {plan.gap:.1%} too large)"
+    return f"{said}; {len(plan.problem.placed):,} buffers, {readable(plan.naive)} if nothing shared"
+
+
+def readable(nbytes: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.4g} TiB"
+
+
+def _safe(text: str) -> str:
+    return escape(_CONTROL.sub("\ufffd", text), {'"': "&quot;"})
