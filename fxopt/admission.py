@@ -24,7 +24,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: Names for whole selections: whether a pass is in it.
 PRESETS: dict[str, Callable[[Pass[Any]], bool]] = {
-    "default": lambda _: True,
+    "default": lambda rewriter: rewriter.by_default,
     "minimal": lambda rewriter: rewriter.required,
 }
 
@@ -57,14 +57,15 @@ def admit_request(model: Any, request: Request) -> None:
 def select(passes: Selection) -> tuple[Pass[Any], ...]:
     """The passes to apply, in pipeline order, from any form that a user may give."""
     known = {kind.name: kind for kind in catalogue()}
-    chosen: dict[str, Pass[Any]] = {name: kind() for name, kind in known.items()}
+    every: dict[str, Pass[Any]] = {name: kind() for name, kind in known.items()}
     if passes is None:
-        return tuple(chosen.values())
+        passes = "default"
     if isinstance(passes, str):
         if passes not in PRESETS:
             raise InvalidRequestError(_unknown("preset", passes, PRESETS))
-        return tuple(p for p in chosen.values() if PRESETS[passes](p))
+        return tuple(p for p in every.values() if PRESETS[passes](p))
     if isinstance(passes, Mapping):
+        chosen = {name: p for name, p in every.items() if PRESETS["default"](p)}
         for name, wanted in passes.items():
             _known_name(name, known)
             if isinstance(wanted, Pass):
@@ -73,12 +74,14 @@ def select(passes: Selection) -> tuple[Pass[Any], ...]:
                 chosen[name] = _with_options(known[name], wanted)
             elif wanted is False:
                 _leave_out(chosen, name)
-            elif wanted is not True:
+            elif wanted is True:
+                chosen.setdefault(name, every[name])
+            else:
                 raise InvalidRequestError(f"passes[{name!r}] is {wanted!r}; give True, False, options or a pass object")
-        return tuple(chosen.values())
+        return tuple(chosen[name] for name in known if name in chosen)
     if not isinstance(passes, Iterable):
         raise InvalidRequestError(f"passes={passes!r} is neither a preset, nor names or passes, nor a mapping")
-    named: dict[str, Pass[Any]] = {name: p for name, p in chosen.items() if p.required}
+    named: dict[str, Pass[Any]] = {name: p for name, p in every.items() if p.required}
     for item in passes:
         rewriter = _as_pass(item, known)
         named[rewriter.name] = rewriter
@@ -106,6 +109,8 @@ def _with_options(kind: type[Pass[Any]], options: Mapping[str, Any]) -> Pass[Any
 
 
 def _leave_out(chosen: dict[str, Pass[Any]], name: str) -> None:
+    if name not in chosen:
+        return
     if chosen[name].required:
         raise InvalidRequestError(
             f"{name} cannot be left out: the runtime stands on the graph that it makes. "

@@ -13,18 +13,20 @@ from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
 from fxopt.artifact.keys import Recipe
+from fxopt.compiler import Compiler, arena_outcome
 from fxopt.engine import Engine, Limits
-from fxopt.errors import CaptureDiffersError, LoweringError, VerificationError, first_line
+from fxopt.errors import CaptureDiffersError, VerificationError, first_line
 from fxopt.judge import Judge
-from fxopt.lower import Backend, Compile, Lowered, lower
+from fxopt.lower import Backend, Compile
 from fxopt.model import make_fast
 from fxopt.outcome import Check
+from fxopt.passes.plan_memory import PlanMemory
 from fxopt.pipeline import Pipeline, Policy, judged_safely
 from fxopt.program import Program
 from fxopt.progress import Progress
+from fxopt.report import Report
 from fxopt.request import Request, Verify
 from fxopt.rewrite import Pass
-from fxopt.specialise import Role
 from fxopt.weights import pack, packed_bytes
 
 log = logging.getLogger("fxopt")
@@ -104,6 +106,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         if lowered.launches is not None:
             report.launches[role.name] = lowered.launches
     report.graphs = engine.readiness()
+    _note_arena(report, pipeline, request.backend, engine)
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
     recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)
@@ -114,23 +117,25 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
 def _compiled(pipeline: Pipeline, backend: Backend, limits: Limits, progress: Progress) -> Engine:
     """An engine whose prefill and decode graphs are compiled; other batch sizes follow on first use."""
 
-    engine = Engine(pipeline.program.facts, functools.partial(compiled_graph, pipeline, backend), limits)
+    facts = pipeline.captured.facts
+    compiler = Compiler(backend, pipeline.kept, facts, limits)
+    engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena)
     for role in engine.first_roles():
         with progress.step(f"compile {role.name} for {role.sequences}"):
             engine.lowered(role)
     return engine
 
 
-def compiled_graph(pipeline: Pipeline, backend: Backend, role: Role) -> Lowered:
-    """The graph of a role, ready to run."""
-    program = pipeline.specialised(role)
-    try:
-        return lower(program, backend, layered=program.facts.layered)
-    except RuntimeError as error:
-        raise LoweringError(
-            f"{backend} failed to compile the {role.name} graph for {role.sequences}: {first_line(error)} "
-            'Inductor needs a C++ compiler (g++); backend="aot_eager" does without'
-        ) from error
+def _note_arena(report: Report, pipeline: Pipeline, backend: Backend, engine: Engine) -> None:
+    """Say what of the compiled code computes in the arena, if it was asked to."""
+    for rewriter in pipeline.kept:
+        if isinstance(rewriter, PlanMemory):
+            pipeline.note(arena_outcome(rewriter, backend, engine.compiled))
+            report.arenas = {
+                f"{role.name} for {role.sequences}": graph.arena
+                for role, graph in engine.compiled.items()
+                if graph.arena is not None
+            }
 
 
 def _verified(

@@ -8,7 +8,6 @@ nothing is computed in place; :func:`fxopt.shadow.shadow_replay` runs both side 
 from __future__ import annotations
 
 import operator
-import threading
 from collections import Counter
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxopt.activation_plan import ActivationPlan, PlannedSet
+from fxopt.arena_memory import Arena
 from fxopt.errors import InvalidRequestError, warn
 from fxopt.launches import Layout
 from fxopt.liveness import Leaf
@@ -29,43 +29,6 @@ Mode = Literal["inference", "debug"]
 MODES: tuple[str, ...] = ("inference", "debug")
 
 Place: TypeAlias = "Tensor | Layout | None"  # in the arena; in new memory; or wherever the op itself puts it
-
-
-class Arena:
-    """One piece of memory. Graphs that never run at once may share it; it grows, and never shrinks."""
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.lock = threading.RLock()  # held while a graph runs in it
-        self.generation = 0  # how often it has moved
-        self._take(0)
-
-    @property
-    def nbytes(self) -> int:
-        return self._memory.nbytes
-
-    def reserve(self, nbytes: int) -> None:
-        """Have at least so much. What lay here before is lost if that takes new memory."""
-        with self.lock:
-            if nbytes > self.nbytes:
-                self._take(nbytes)
-                self.generation += 1
-
-    def poison(self) -> None:
-        """Make everything NaN, so that whoever reads what an earlier run left will show it."""
-        with self.lock:
-            self._memory.fill_(0xFF)
-
-    def view(self, offset: int, layout: Layout) -> Tensor:
-        """A tensor at a place that is aligned for its dtype."""
-        width = layout.dtype.itemsize
-        whole = self._memory[: self.nbytes // width * width].view(layout.dtype)
-        return whole.as_strided(layout.sizes, layout.strides, offset // width + layout.offset)
-
-    def _take(self, nbytes: int) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the old one first
-        with torch.inference_mode(False):  # a tensor made in that mode could not be written outside of it
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
 
 @dataclass

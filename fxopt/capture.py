@@ -25,9 +25,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fxopt.errors import CaptureError, first_line
+from fxopt.origin import name_modules
 from fxopt.program import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, Facts, KVShape, Program, key_name, value_name
-from fxopt.stand_in import standing_in, unfold
+from fxopt.stand_in import standing_in
 from fxopt.twins import Kinds, Recorder, decoder_layers
+from fxopt.unfold import unfold
 
 #: Sizes to trace with: different from each other and from 1, so that none is taken for another.
 BATCH, STEP, PAST = 2, 3, 5
@@ -70,7 +72,7 @@ def capture(
         try:
             module = _traced(wrapped, facts, kinds)
         except CaptureError as error:
-            if not any(map(kinds.has_twin, range(len(kinds.layers)))):
+            if not kinds.has_twins:
                 raise
             log.info("%s; trying again, every layer traced by itself", first_line(error))
             module = _traced(wrapped, facts, Kinds())
@@ -82,6 +84,7 @@ def _traced(model: _TensorsIn, facts: Facts, kinds: Kinds) -> GraphModule:
     with standing_in(kinds):
         exported = _export(model, facts)
     module = exported.module()
+    name_modules(module.graph, {name for name, _ in model.named_modules(remove_duplicate=False)})
     unfold(module, model, kinds)
     return module
 
@@ -180,6 +183,11 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], torch.dtype, ty
     shapes = []
     for index, layer in enumerate(cache.layers):
         key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(key, Tensor) and key.dim() == 4 and key.shape[2] > 2:
+            raise CaptureError(
+                f"layer {index} of {type(model).__name__} keeps {key.shape[2]} rows of two tokens: several layers "
+                "write into its place of the cache, as those do that share an attention module; use the stock model"
+            )
         if type(layer) is not DynamicLayer or key is None or value is None or key.dim() != 4 or key.shape[2] != 2:
             raise CaptureError(
                 f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, but only keys and values of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,15 @@ class Plan:
     def size(self) -> int:
         """How many values there are."""
         return 1 + max((n for step in self.steps for n in (*step.reads, *step.writes)), default=self.given - 1)
+
+    def most_alive(self, nbytes: Mapping[int, int]) -> int:
+        """The most bytes of computed values that are there at once; ``nbytes`` of each by number."""
+        alive = most = 0
+        for step in self.steps:
+            alive += sum(nbytes[number] for number in step.writes)
+            most = max(most, alive)
+            alive -= sum(nbytes[number] for number in step.frees)
+        return most
 
     def freeing(self) -> Plan:
         """The same, letting go of every computed value after its last reader."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from fxopt.errors import InvalidRequestError
 
@@ -16,13 +16,25 @@ DEMO = "demo"
 
 def load_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A model and its tokenizer: the demo model, or whatever ``from_pretrained`` takes."""
+    name, options = _source(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval()
+    return model, tokenizer
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config alone."""
+    name, options = _source(name)
+    return AutoConfig.from_pretrained(name, **options)
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` is told."""
     options: dict[str, Any] = {"trust_remote_code": False}  # a folder's code is never run
     if name == DEMO:
         weights = _demo_weights()
         name, options["gguf_file"] = str(weights.parent), weights.name
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval()
-    return model, tokenizer
+    return name, options
 
 
 def _demo_weights() -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxopt.arena_memory import SharedArena
 from fxopt.cache import BufferCache, BufferPool
 from fxopt.errors import InvalidRequestError
 from fxopt.lower import Lowered
@@ -43,8 +44,11 @@ class Limits:
 class Engine:
     """The running model. ``source`` makes the callable of a role when it is first needed."""
 
-    def __init__(self, facts: Facts, source: Callable[[Role], Lowered], limits: Limits) -> None:
+    def __init__(
+        self, facts: Facts, source: Callable[[Role], Lowered], limits: Limits, arena: SharedArena | None = None
+    ) -> None:
         self.facts = facts
+        self.arena = arena  # that the graphs compute in, where plan_memory gave them one
         self.limits = limits
         self.pool = BufferPool(facts, largest=limits.max_batch, most_bytes=limits.max_cache_bytes)
         self.stats: Counter[str] = Counter()

@@ -42,12 +42,16 @@ class ArtifactError(FxoptError, ValueError):
     """A saved folder cannot be loaded: it is damaged, foreign, or made for something else."""
 
 
+#: Packages that stand between a user's line and the place where a warning is given.
+_BETWEEN = {"fxopt", "torch", "transformers", "contextlib"}
+
+
 def warn(sentence: str) -> None:
     """A warning that points at the user's line, however deep below it the reason was found."""
     depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("fxopt", "torch"):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in _BETWEEN:
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(sentence, stacklevel=depth)
+    warnings.warn(sentence, stacklevel=depth + 1)  # level 1 is this function itself
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fxopt.admission import admit, select
-from fxopt.api import compiled_graph
 from fxopt.artifact.facts_json import read_facts
 from fxopt.artifact.folder import Archive, read
 from fxopt.artifact.graph_read import Draft, read_graph
@@ -26,9 +25,10 @@ from fxopt.artifact.report_json import read_report
 from fxopt.artifact.roles import SavedRole, check_fits, check_plan
 from fxopt.artifact.sources import Source, check_sources, note_parts, read_constants, weights_from
 from fxopt.chain import Chain, Code
+from fxopt.compiler import Compiler
 from fxopt.engine import Engine
 from fxopt.errors import ArtifactError, InvalidRequestError
-from fxopt.lower import Lowered, lower
+from fxopt.lower import Lowered
 from fxopt.model import make_fast
 from fxopt.pipeline import Pipeline, Policy
 from fxopt.program import Facts, Program
@@ -180,15 +180,17 @@ def _engine(
     symbolic = _once(functools.partial(saved.symbolic.program, weights, facts))
     policy = Policy(strict=request.strict, batch=request.max_batch or 1)
 
-    def source(role: Role) -> Lowered:
-        return compiled_graph(Pipeline(saved.recipe.passes, symbolic(), policy), request.backend, role)
+    compiler = Compiler(request.backend, saved.recipe.passes, facts, request.limits)
 
-    engine = Engine(facts, source, request.limits)
+    def source(role: Role) -> Lowered:
+        return compiler(Pipeline(saved.recipe.passes, symbolic(), policy).specialised(role), role)
+
+    engine = Engine(facts, source, request.limits, compiler.arena)
     for one in saved.roles:
         program = _once(functools.partial(saved.drafts[one.role].program, weights, facts))
         if one.role not in pieces:
             with progress.step(f"compile {one.role.name} for {one.role.sequences}"):
-                graph = lower(program(), request.backend, layered=facts.layered)
+                graph = compiler(program(), one.role)
         else:
             chain = Chain(one.plan, pieces[one.role])
             given = tuple(weights[name] for name in one.plan.weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,10 +19,13 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
+from fxopt.arena_memory import SharedArena
 from fxopt.chain import Chain, Code, Plan, Step
 from fxopt.in_place import InPlaceProof, prove_in_place
 from fxopt.outline import Region, outline
+from fxopt.placement import ArenaUse, placement
 from fxopt.program import ATTENTION_MASK, Program, key_name
+from fxopt.shape_sets import Axes, ShapeSet
 from fxopt.views import shape
 
 Backend = Literal["inductor", "aot_eager", "eager"]
@@ -44,6 +48,7 @@ class Lowered:
     windowed: bool  # whether it takes a mask of any length, or one over the whole buffers
     proof: InPlaceProof | None = None
     launches: int | None = None  # kernels and library calls of one run, where the compiler says
+    arena: ArenaUse | None = None  # that it computes in, if one was asked for
 
     @property
     def program(self) -> Program:
@@ -67,23 +72,63 @@ class Lowered:
         return [*(tensors[name] for name in self.plan.inputs), *self.weights]
 
 
-def lower(program: Program, backend: Backend, *, layered: bool = False) -> Lowered:
-    """Compile one specialised program, in one piece or layer by layer."""
+def lower(
+    program: Program,
+    backend: Backend,
+    *,
+    layered: bool = False,
+    arena: SharedArena | None = None,
+    shape_sets: Sequence[ShapeSet] = (),
+) -> Lowered:
+    """Compile one specialised program, in one piece or layer by layer.
+
+    With an ``arena`` Inductor's code computes in there, by a plan for ``shape_sets``.
+    """
     regions = outline(program, layered=layered and backend != "eager")
     plan, distinct = planned(program, regions)
     weights = tuple(program.weight(name) for name in plan.weights)
     windowed = isinstance(shape(program.placeholders()[ATTENTION_MASK])[1], torch.SymInt)
     if backend == "eager":
         return Lowered(lambda: program, Chain(plan, [distinct[0].module]), plan, weights, windowed)
-    with compiling(program):
+    with compiling(program), _placing(program, arena, shape_sets):
         compiled = [_compiled(region, backend) for region in distinct]
-    chain = Chain(plan, [piece.call for piece in compiled])
+    call: Code = Chain(plan, [piece.call for piece in compiled])
+    use = None
+    if arena is not None:
+        handed_on = max(plan.most_alive(_bytes(program, regions, plan, shapes)) for shapes in shape_sets)
+        counts = Counter(step.piece for step in plan.steps)
+        pieces = tuple(placement(piece.source) for piece in compiled)
+        use = ArenaUse(pieces, tuple(counts[number] for number in range(len(pieces))), handed_on)
+        arena.reserve(use.arena)
+        call = arena.running(call)
     if not all(piece.text and piece.source for piece in compiled):
-        return Lowered(lambda: program, chain, plan, weights, windowed)
+        return Lowered(lambda: program, call, plan, weights, windowed, arena=use)
     runs = [compiled[step.piece] for step in plan.steps]
     proof = _proof(program, [piece.text for piece in runs])
     launches = sum(count_launches(piece.source) for piece in runs)
-    return Lowered(lambda: program, chain, plan, weights, windowed, proof, launches)
+    return Lowered(lambda: program, call, plan, weights, windowed, proof, launches, use)
+
+
+def _placing(
+    program: Program, arena: SharedArena | None, shape_sets: Sequence[ShapeSet]
+) -> contextlib.AbstractContextManager[None]:
+    if arena is None:
+        return contextlib.nullcontext()
+    from fxopt.inductor_arena import in_one_arena
+
+    axes = Axes(program)
+    return in_one_arena([axes.numbers(shapes).by_symbol for shapes in shape_sets])
+
+
+def _bytes(program: Program, regions: Sequence[Region], plan: Plan, shapes: ShapeSet) -> dict[int, int]:
+    """The bytes of every value that a piece hands on, by its number."""
+    numbers = Axes(program).numbers(shapes)
+    both = [
+        pair
+        for region, step in zip(regions, plan.steps, strict=True)
+        for pair in zip(step.writes, region.outputs, strict=True)
+    ]
+    return {number: numbers.layout(node.meta["val"]).nbytes for number, node in both}
 
 
 @contextlib.contextmanager

@@ -26,6 +26,18 @@ def refuse_merge(program: Program, parts: Sequence[Linear]) -> str | None:
         return f"{names}: only {with_bias} has a bias"
     if len({program.attribute(part.weight).dtype for part in parts}) > 1:
         return f"{names}: the weights differ in dtype"
+    biases = [part.bias for part in parts if part.bias is not None]
+    return _why_not_packed(names, [part.weight for part in parts]) or _why_not_packed(names, biases)
+
+
+def _why_not_packed(names: str, weights: Sequence[Node]) -> str | None:
+    """Why weights cannot lie one behind the other: each has one place, also where layers share it."""
+    if len(set(weights)) < len(weights):
+        return f"{names}: the weights or biases of two of them are the same memory, which cannot lie in two places"
+    for weight in weights:
+        for reader in weight.users:
+            if reader.target is aten.cat.default and reader.args[0] != list(weights):
+                return f"{names}: another layer shares {weight}, and packs it with other weights"
     return None
 
 
@@ -39,7 +51,8 @@ def merge_linears(program: Program, parts: Sequence[Linear]) -> None:
     first = min(part.node for part in parts)
     biases = [part.bias for part in parts if part.bias is not None]
     for weight in [part.weight for part in parts] + biases:
-        first.prepend(weight)
+        if first < weight:  # else another reader, of a layer that shares it, comes earlier still
+            first.prepend(weight)
     with graph.inserting_before(first):
         weight = graph.call_function(aten.cat.default, ([part.weight for part in parts],))
         bias = graph.call_function(aten.cat.default, (biases,)) if biases else None

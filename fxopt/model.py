@@ -13,7 +13,6 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
 
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 
 from fxopt.artifact.keys import Recipe
 from fxopt.artifact.saving import save
-from fxopt.cache import BufferCache
+from fxopt.call import depth_of, read_call
 from fxopt.decode_loop import decode, obstacle
 from fxopt.engine import Engine
 from fxopt.errors import InvalidRequestError
@@ -53,7 +52,7 @@ class Handle:
         self._recipe = recipe
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.watch = WeightWatch(model)
-        self.depth = _depth(model.config)
+        self.depth = depth_of(model.config)
 
     @property
     def symbolic(self) -> Program:
@@ -83,12 +82,20 @@ class Handle:
     @property
     def stats(self) -> Counter[str]:
         """How many steps ran on which graph, and how many on the eager model and why."""
-        return self.engine.stats
+        arena = self.engine.arena
+        grown = arena.growths if arena is not None else 0
+        return self.engine.stats + Counter({"arena grown": grown})  # a sum leaves out what is 0
 
     @property
     def kv_bytes(self) -> int:
         """Memory held in cache buffers, in use or waiting for the next call."""
         return self.engine.pool.nbytes
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory that this thread computes in, where ``plan_memory`` has placed what compiled code keeps."""
+        arena = self.engine.arena
+        return arena.here().nbytes if arena is not None else 0
 
     def release(self) -> int:
         """Give back the memory of buffers that no cache is using; returns the bytes. The next call allocates anew."""
@@ -118,23 +125,6 @@ def _own(value: Any) -> Any:
     return value.copy() if isinstance(value, (dict, set)) else value
 
 
-def _depth(config: Any) -> Any:
-    """How many layers run; a model that drafts for itself runs the first few for a while."""
-    return getattr(config, "num_hidden_layers", None)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One call of forward that the graphs serve."""
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    cache: BufferCache | None
-    keep: int | Tensor
-    return_dict: bool
-
-
 class FastModel:
     """Mixed in front of a causal LM's class."""
 
@@ -150,13 +140,13 @@ class FastModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         engine = self.fxopt.engine
-        request = _request(self, args, kwargs)
-        if isinstance(request, str):
-            engine.count(f"eager: {request}")
+        call = read_call(self, args, kwargs)
+        if isinstance(call, str):
+            engine.count(f"eager: {call}")
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        batch, tokens = request.input_ids.shape
+        batch, tokens = call.input_ids.shape
         _check_batch(engine, batch)
-        cache = request.cache if request.cache is not None else engine.new_cache(batch)
+        cache = call.cache if call.cache is not None else engine.new_cache(batch)
         if cache.length + tokens > engine.facts.max_len:
             raise InvalidRequestError(
                 f"the cache holds {cache.length} tokens and {tokens} more were fed, but max_len is "
@@ -164,20 +154,20 @@ class FastModel:
             )
         if cache.length == 0:
             self.fxopt.watch.check()
-        cache.record_mask(request.attention_mask, tokens)
-        positions = request.position_ids
+        cache.record_mask(call.attention_mask, tokens)
+        positions = call.position_ids
         if positions is None:
             positions = torch.arange(cache.length, cache.length + tokens, device=engine.facts.device)[None]
         positions = positions.expand(batch, tokens)
         before = cache.length
         try:
-            logits = engine.step(cache, request.input_ids, positions, keep=_kept(request.keep, tokens))
+            logits = engine.step(cache, call.input_ids, positions, keep=_kept(call.keep, tokens))
         except BaseException:
             cache.rewind(before)  # Ctrl-C between two chunks must not leave half a prompt
             raise
-        if isinstance(request.keep, Tensor):
-            logits = logits[:, request.keep]
-        if not request.return_dict:
+        if isinstance(call.keep, Tensor):
+            logits = logits[:, call.keep]
+        if not call.return_dict:
             return logits, cache
         return engine.facts.output_class(logits=logits, past_key_values=cache)
 
@@ -233,7 +223,7 @@ class FastModel:
             or not generation_config.use_cache
             or generation_config.output_attentions  # eager, and shaped by the cache of the model's own
             or generation_config.cache_implementation not in _OURS
-            or self.fxopt.depth != _depth(self.config)  # a draft that leaves early
+            or self.fxopt.depth != depth_of(self.config)  # a draft that leaves early
         ):
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -260,86 +250,3 @@ def _check_batch(engine: Engine, batch: int) -> None:
 
 #: Caches by name that ours stands for; another one asked for is another one got.
 _OURS = (None, "static", "hybrid", "sliding_window", "hybrid_chunked")
-
-_EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
-
-#: Arguments of forward that ask for something the graphs compute.
-_SERVED = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "logits_to_keep",
-    "return_dict",
-    "cache_position",
-    "tokenizer",  # of stop strings; generate hands it on, and forward has no use for it
-}
-
-
-def _request(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Request | str:
-    """What a call asks for, or the reason why only the eager model can serve it."""
-    given = dict(zip(model.fxopt.parameters, args, strict=False)) | kwargs
-    obstacle = _obstacle_in_model(model) or _obstacle_in_options(model, given) or _obstacle_in_inputs(model, given)
-    if obstacle is not None:
-        return obstacle
-    input_ids, cache = given["input_ids"], given.get("past_key_values")
-    if cache is not None and cache.batch != input_ids.shape[0]:
-        raise InvalidRequestError(
-            f"a batch of {input_ids.shape[0]} was given with a cache for {cache.batch}; use a cache of its own"
-        )
-    return_dict, keep = given.get("return_dict"), given.get("logits_to_keep")
-    return _Request(
-        input_ids,
-        given.get("attention_mask"),
-        given.get("position_ids"),
-        cache,
-        0 if keep is None else keep,
-        model.config.return_dict if return_dict is None else return_dict,
-    )
-
-
-def _obstacle_in_model(model: Any) -> str | None:
-    config = model.config
-    if model.training:
-        return "training mode"
-    if torch.is_autocast_enabled(model.fxopt.engine.facts.device.type):
-        return "autocast is on"
-    if outputs := [name for name in _EXTRA_OUTPUTS if getattr(config, name, False)]:
-        return f"the config asks for {', '.join(outputs)}"
-    if model.fxopt.depth != _depth(config):
-        return "other layers than were captured"
-    return None
-
-
-def _obstacle_in_options(model: Any, given: dict[str, Any]) -> str | None:
-    if extra := {name for name, value in given.items() if value is not None and value is not False} - _SERVED:
-        return f"{', '.join(sorted(extra))} given"
-    use_cache, cache = given.get("use_cache"), given.get("past_key_values")
-    if not (model.config.use_cache if use_cache is None else use_cache):
-        return "use_cache=False"
-    if cache is not None and not (isinstance(cache, BufferCache) and cache.pool is model.fxopt.engine.pool):
-        return f"a foreign cache ({type(cache).__name__})"
-    return None
-
-
-def _obstacle_in_inputs(model: Any, given: dict[str, Any]) -> str | None:
-    facts, cache = model.fxopt.engine.facts, given.get("past_key_values")
-    input_ids, mask, positions = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids")
-    if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        return "no input_ids of shape [batch, tokens]"
-    if input_ids.device != facts.device:
-        raise InvalidRequestError(
-            f"input_ids is on {input_ids.device} but the model is on {facts.device}; move the inputs"
-        )
-    if cache is None and input_ids.shape[1] > facts.max_len:
-        return "more tokens than max_len without a cache of ours"
-    filled = cache.length if cache is not None else 0
-    if mask is not None and tuple(mask.shape) != (input_ids.shape[0], filled + input_ids.shape[1]):
-        return "an attention mask that is not [batch, past + tokens]"
-    shapes = {(1, input_ids.shape[1]), tuple(input_ids.shape)}
-    if positions is not None and tuple(positions.shape) not in shapes:
-        return "positions that are not [batch, tokens]"
-    if "position_ids" in model.fxopt.parameters and positions is None and mask is not None and not bool(mask.all()):
-        return "a padded batch without position_ids, whose positions only the model's own code knows"
-    return None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import lru_cache
+from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)(?:\.|\[|slice\(.*?\)\.)(\d+)")
+_SLICE = re.compile(r"\.slice\((\w+), \w+, \w+\)\.(\d+)")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -38,3 +41,32 @@ def _source_in(trace: str) -> str:
         return "?"
     path, line = next((f for f in reversed(frames) if "modeling_" in f[0]), frames[-1])
     return f"{path.rsplit('/', 1)[-1]}:{line}"
+
+
+def name_modules(graph: Graph, names: Collection[str]) -> None:
+    """Say of every node where its modules are in the model.
+
+    Where layers share a module export has other words for it: ``layers.slice(1, 4, None).0`` is ``layers.1``,
+    and a bare ``mlp`` is what the module above calls so.
+    """
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        if any(path not in names for path, _ in stack.values()):
+            node.meta["nn_module_stack"] = _named(stack, names)
+
+
+def _named(stack: dict[str, tuple[str, Any]], names: Collection[str]) -> dict[str, tuple[str, Any]]:
+    named: dict[str, tuple[str, Any]] = {}
+    above = ""
+    for key, (path, kind) in stack.items():
+        plain = _SLICE.sub(_place_in_list, path)
+        inside = f"{above}.{plain}"
+        above = inside if plain not in names and inside in names else plain
+        named[key] = (above, kind)
+    return named
+
+
+def _place_in_list(taken: re.Match[str]) -> str:
+    """Where an item of a slice stands in the whole list."""
+    start, index = taken.groups()
+    return f".{int(index) + (int(start) if start.isdigit() else 0)}"

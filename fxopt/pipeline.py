@@ -53,7 +53,8 @@ class Pipeline:
     @property
     def outcomes(self) -> list[Outcome]:
         """The capture, the passes on the symbolic graph, its specialisation, the passes on that."""
-        order = ["capture", *self._names(Stage.SYMBOLIC), "specialise", *self._names(Stage.DECODE)]
+        graphs = ["capture", *self._names(Stage.SYMBOLIC), "specialise", *self._names(Stage.DECODE)]
+        order = [*graphs, *self._names(Stage.CODE)]
         return [self._outcomes[name] for name in order if name in self._outcomes]
 
     @property
@@ -75,6 +76,15 @@ class Pipeline:
     def _context(self) -> int:
         """Rows of the cache that are filled in the step that is costed: those of a half-filled cache."""
         return max(1, self.captured.facts.max_len // 2)
+
+    def note(self, outcome: Outcome) -> None:
+        """Keep what a pass came to that speaks to the compiler."""
+        self._outcomes[outcome.name] = outcome
+        if outcome.dropped is not None:
+            if self.policy.strict:
+                raise RewriteError(f"{outcome.name} can do nothing: {outcome.dropped}")
+            warn(f"{outcome.name} can do nothing: {outcome.dropped}; fxopt goes on without it")
+        self._insist(outcome)
 
     def forget_judge(self) -> None:
         """Graphs for other batch sizes are made later; what the stock model said need not live on for them."""
@@ -142,9 +152,10 @@ class Pipeline:
             self._outcomes.pop(name, None)
 
     def decode_passes(self) -> list[Pass[Any]]:
-        """The passes still applied to decode graphs that changed something there."""
+        """The passes still applied to decode graphs that changed something there, and to the compiler."""
         kept = self._kept(Stage.DECODE)
-        return [p for p in kept if p.name in self._outcomes and self._outcomes[p.name].changed_something]
+        changed = [p for p in kept if p.name in self._outcomes and self._outcomes[p.name].changed_something]
+        return [*changed, *self._kept(Stage.CODE)]
 
     def _names(self, stage: Stage) -> list[str]:
         return [p.name for p in self.passes if p.stage is stage]
@@ -235,7 +246,8 @@ class Pipeline:
     def _go_on_without(self, rewriter: Pass[Any], sentence: str, why: str) -> None:
         warn(f"{sentence}; fxopt goes on without it")
         self._dropped[rewriter.name] = why
-        self._outcomes[rewriter.name].dropped = why
+        blank = Outcome(rewriter.name, rewriter.stage.value, rewriter.summary)  # what speaks to the compiler has none
+        self._outcomes.setdefault(rewriter.name, blank).dropped = why
 
 
 def judged_safely(judge: Callable[[Subject], Verdict], subject: Subject) -> Verdict:

@@ -137,6 +137,10 @@ def _why_not(kind: Any) -> str | None:
         return f"{_path(kind)} has summary={summary!r}, where a line for the report is needed"
     if not isinstance(kind.stage, Stage):
         return f"{_path(kind)} has stage={kind.stage!r}, which is none of fxopt.Stage"
+    if kind.stage is Stage.CODE and kind not in PASSES:
+        return f"{_path(kind)} has stage={kind.stage!r}; the passes that tell the compiler what to do are fxopt's own"
+    if not isinstance(kind.by_default, bool):
+        return f"{_path(kind)} has by_default={kind.by_default!r}, where True or False is needed"
     if not (kind.after is None or isinstance(kind.after, str)):
         return f"{_path(kind)} has after={kind.after!r}, where the name of a pass is needed"
     if not dataclasses.is_dataclass(kind):

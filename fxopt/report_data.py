@@ -12,9 +12,10 @@ from fxopt.changes import Group, changes, unified
 from fxopt.errors import InvalidRequestError
 from fxopt.in_place import InPlaceProof
 from fxopt.outcome import Check, Outcome
+from fxopt.placement import ArenaUse
 
 SCHEMA = 2  # of to_dict; 2: steps with costs, places by layer, checks per pass
-PASS_STAGES = ("symbolic", "decode")
+PASS_STAGES = ("symbolic", "decode", "code")
 
 
 @dataclass
@@ -35,6 +36,7 @@ class ReportData:
     proofs: dict[str, InPlaceProof] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)  # of the compiled code, by role
     graphs: dict[str, str] = field(default_factory=dict)  # for how many sequences: which are ready
+    arenas: dict[str, ArenaUse] = field(default_factory=dict)  # of each compiled graph
     packed_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -11,11 +11,12 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
+from fxopt.arena_pictures import pictures
 from fxopt.changes import Group
 from fxopt.listing import Line
 from fxopt.outcome import Check, Outcome, Spot
@@ -26,6 +27,7 @@ from fxopt.report_text import as_text
 SCRIPTS = "data helpers lines state header rail charts panel graph moving card search theme start"
 NOTHING = -1  # in the data: no line on this side of a row
 
+_STYLE = re.compile(r"<style>(.*?)</style>", re.DOTALL)
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 #: What could end the script element that holds the data, or a line of JavaScript.
 _UNSAFE = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
@@ -33,8 +35,11 @@ _UNSAFE = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u202
 
 def as_page(report: ReportData) -> str:
     style, script = _static("style.css"), "\n".join(_static(f"{name}.js") for name in SCRIPTS.split())
+    drawn = pictures(report.arenas)
+    styles = [style, *dict.fromkeys(found for picture in drawn for found in _STYLE.findall(picture))]
     parts = {
-        "policy": _policy(style, script),
+        "policy": _policy(styles, script),
+        "pictures": "\n".join(f"<figure>{picture}</figure>" for picture in drawn),
         "title": html.escape(f"{report.model}, rewritten by fxopt"),
         "style": style,
         "script": script,
@@ -48,10 +53,11 @@ def _static(name: str) -> str:
     return (resources.files("fxopt") / "page" / name).read_text(encoding="utf-8")
 
 
-def _policy(style: str, script: str) -> str:
-    """Nothing may run or be loaded but the one style and the one script that are in the page."""
+def _policy(styles: Sequence[str], script: str) -> str:
+    """Nothing may run or be loaded but the styles and the one script that are in the page."""
+    known = " ".join(f"'{_digest(style)}'" for style in styles)
     return (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        f"default-src 'none'; style-src {known}; script-src '{_digest(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
 
@@ -79,6 +85,10 @@ def _data(report: ReportData) -> dict[str, Any]:
             "checks": [asdict(check) for check in report.checks],
             "proofs": [{"name": name, **asdict(proof)} for name, proof in report.proofs.items()],
             "graphs": list(report.graphs.items()),
+            "arenas": [
+                {"name": name, "arena": use.arena, "lower_bound": use.lower_bound, "handed_on": use.handed_on}
+                for name, use in report.arenas.items()
+            ],
             "launches": list(report.launches.items()),
             "seconds": list(report.seconds.items()),
         },

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from fxopt.changes import ranges
 from fxopt.outcome import Outcome, Spot
+from fxopt.placement import ArenaUse
 from fxopt.report_data import ReportData
 from fxopt.step_cost import StepCost
 
@@ -122,12 +123,24 @@ def _closing(report: ReportData) -> Iterator[str]:
         lines.append(f"kernels in the compiled code: {counts}")
     if report.graphs:
         lines.append("graphs: " + "; ".join(f"for {batch} {ready}" for batch, ready in report.graphs.items()))
+    if report.arenas:
+        lines.append(_arena(list(report.arenas.values())))
     if report.packed_bytes:
         lines.append(f"packed weights: {size(report.packed_bytes)}B re-seated, no second copy")
     if report.seconds:
         lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     for line in lines:
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="    ")
+
+
+def _arena(graphs: Sequence[ArenaUse]) -> str:
+    pieces = [piece for graph in graphs for piece in graph.placed]
+    arena, least = max(graph.arena for graph in graphs), max(graph.lower_bound for graph in graphs)
+    ratio = f", {arena / least:.3f} of the least that is possible" if least else ""
+    return (
+        f"one arena: {size(arena)}B{ratio}, for {sum(len(piece.buffers) for piece in pieces)} buffers in {len(pieces)} "
+        f"pieces of code; besides, up to {size(max(graph.handed_on for graph in graphs))}B that pieces hand on"
+    )
 
 
 def _told(stage: Outcome) -> list[Spot]:

@@ -17,6 +17,7 @@ class Stage(Enum):
 
     SYMBOLIC = "symbolic"  # the one captured graph, any batch and any number of new tokens
     DECODE = "decode"  # the graph specialised to one new token
+    CODE = "code"  # none: such a pass says how every graph is compiled
 
 
 class Located(Protocol):
@@ -51,6 +52,7 @@ class Pass(Generic[Site]):
     summary: ClassVar[str]
     stage: ClassVar[Stage] = Stage.SYMBOLIC
     required: ClassVar[bool] = False
+    by_default: ClassVar[bool] = True  # or only where somebody asks for it
     after: ClassVar[str | None] = None  # the pass behind which it goes; None: behind all of its stage
 
     def expected(self, program: Program) -> int | None:

@@ -90,6 +90,11 @@ class Numbers:
         self._known = known
         self._found: dict[sympy.Expr, int] = {}
 
+    @property
+    def by_symbol(self) -> dict[str, int]:
+        """The number of each symbol, by the name that it has in the graph."""
+        return {str(symbol): int(number) for symbol, number in self._known.items()}
+
     def of(self, size: Any) -> int:
         return size if isinstance(size, int) else self.of_expression(size.node.expr)
 
@@ -140,3 +145,43 @@ def default_shape_sets(program: Program, chunk: int = 256, batch: int = 1) -> li
         sizes = {"batch": batch, "step": step, "logits": 1, "past": max(1, window - step), "window": window}
         found.append({axis: sizes[axis] for axis in axes.free})
     return found
+
+
+def full_sets(
+    graph: str, program: Program, asked: Sequence[ShapeSet], chunk: int = 256, batch: int = 1
+) -> tuple[ShapeSet, ...]:
+    """Every set with a number for each axis: what it leaves out is as in the largest of the usual sets.
+
+    Those are what a graph without sets has. ``graph`` is its name, for sentences.
+    """
+    usual = default_shape_sets(program, chunk, batch)
+    if not asked:
+        return tuple(usual)
+    axes = Axes(program)
+    found = []
+    for each in asked:
+        full = {axis: each.get(axis, size) for axis, size in usual[-1].items()}
+        if "window" in each and "step" in full and "step" not in each and type(each["window"]) is int:
+            full["step"] = min(full["step"], each["window"])
+        try:
+            axes.numbers({**full, **each})
+            _check_room(program, full, axes)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{graph}: {error}") from None
+        found.append(full)
+    return tuple(found)
+
+
+def _check_room(program: Program, shapes: ShapeSet, axes: Axes) -> None:
+    """Raise a sentence for sizes that the graph would take, and the engine never gives."""
+    facts = program.facts
+    rows = shapes.get("window", facts.capacity)
+    if rows > facts.capacity:
+        raise InvalidRequestError(
+            f"window={rows} is more than the {facts.capacity} rows that the cache has at max_len={facts.max_len}"
+        )
+    step = shapes.get("step", 1)
+    if "step" in axes.free and step == 1:
+        raise InvalidRequestError("step=1: this graph takes two tokens or more at once; the decode graph takes one")
+    if step > rows:
+        raise InvalidRequestError(f"step={step} is more than the {rows} rows of the window, of which they are part")

@@ -39,6 +39,11 @@ class Kinds:
         """Whether another layer is of the same kind."""
         return self.numbers.count(self.numbers[layer]) > 1
 
+    @property
+    def has_twins(self) -> bool:
+        """Whether any layer stands for another."""
+        return len(set(self.numbers)) < len(self.numbers)
+
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """The modules of the decoder's layers: the outermost list of several different ones."""

@@ -25,12 +25,17 @@ def pack(program: Program) -> Program:
     """Replace every ``cat`` of weights by one packed weight; returns a new program."""
     packed = program.copy()
     graph = packed.graph
+    groups: dict[int, list[int]] = {}  # by id, each weight with those that it is packed with
     with torch.no_grad():
         for node in list(graph.nodes):
             concat = Concat.of(node)
             if concat is None or not concat.joins_weights:
                 continue
             tensors = [packed.attribute(part) for part in concat.parts]
+            group = [id(tensor) for tensor in tensors]
+            if len(set(group)) < len(group) or any(groups.get(weight, group) != group for weight in group):
+                continue  # joined whenever the graph runs: no weight can lie in two places
+            groups.update(dict.fromkeys(group, group))
             name = f"{PACKED}_{concat.parts[0].target}".replace(".", "_")
             packed.gm.register_buffer(name, joined(tensors))
             with graph.inserting_before(node):
@@ -46,8 +51,8 @@ def pack(program: Program) -> Program:
 
 def packed_bytes(program: Program) -> int:
     """How much of the weights lies in packed storages."""
-    nodes = [n for n in program.graph.nodes if n.op == "get_attr" and str(n.target).startswith(PACKED)]
-    return sum(program.attribute(node).nbytes for node in nodes)
+    names = {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and str(n.target).startswith(PACKED)}
+    return sum(program.weight(name).nbytes for name in names)  # one of them may be read by several layers
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ def captured(family: str, layers: int = 2) -> Program:
 
 @cache
 def rewritten(family: str, layers: int = 2) -> Pipeline:
-    pipeline = Pipeline([kind() for kind in PASSES], captured(family, layers), Policy())
+    pipeline = Pipeline([kind() for kind in PASSES if kind.by_default], captured(family, layers), Policy())
     pipeline.run()
     pipeline.program = pack(pipeline.program)
     return pipeline

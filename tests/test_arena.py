@@ -14,7 +14,8 @@ from torch import Tensor
 from traced import branching, layouts, traced
 
 from fxopt.activation_plan import ActivationPlan, plan_activations, plan_graph
-from fxopt.arena import Arena, ArenaModule
+from fxopt.arena import ArenaModule
+from fxopt.arena_memory import Arena
 from fxopt.chain import Chain
 from fxopt.engine import Engine, Limits
 from fxopt.errors import InvalidRequestError

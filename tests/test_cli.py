@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fxopt.cli import main
+from fxopt.cli.options import add_passes, selection
 from fxopt.families import tiny
 from fxopt.passes import PASSES
 
@@ -71,11 +73,24 @@ def test_passes_lists_all_in_order(capsys: pytest.CaptureFixture[str]) -> None:
         assert kind.summary in row
         assert kind.stage.value in row
         assert ("needed" in row) == kind.required
-        assert (f"--no-{kind.name.replace('_', '-')}" in row) != kind.required
+        flag = kind.name.replace("_", "-")
+        assert (f"--{'no-' if kind.by_default else ''}{flag}" in row) != kind.required
 
 
 def _names() -> list[str]:
     return [kind.name for kind in PASSES]
+
+
+def test_a_pass_that_is_off_by_default_has_a_flag_to_add_it() -> None:
+    def chosen(*flags: str) -> set[str]:
+        parser = argparse.ArgumentParser()
+        add_passes(parser)
+        return {one.name for one in selection(parser.parse_args(flags))}
+
+    assert set(_names()) - chosen() == {"plan_memory"}
+    assert chosen("--plan-memory") == set(_names())
+    assert chosen("--plan-memory", "--no-rotary") == set(_names()) - {"rotary"}
+    assert "plan_memory" in chosen("--passes", "minimal", "--plan-memory")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +207,7 @@ def test_generate_with_a_report(folder: Path, answer: str, capsys: pytest.Captur
     assert "LlamaForCausalLM, max_len 32, backend eager" in printed.err
     assert "verified the graphs" in printed.err
     first_words = {line.split()[0] for line in printed.err.splitlines() if line.strip()}
-    assert set(_names()) - first_words == {"fuse_qkv"}
+    assert set(_names()) - first_words == {"fuse_qkv", "plan_memory"}
 
 
 @pytest.mark.parametrize("passes", ["minimal", "fuse_gate_up"])

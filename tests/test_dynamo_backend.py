@@ -1,87 +1,40 @@
-"""``torch.compile(model, backend="fxopt")``: any model gives what it gave, whatever becomes of its weights."""
+"""``torch.compile(model, backend="fxopt")``: any language model gives what it gave, whatever is asked or goes wrong."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 - its name everywhere
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo import list_backends, lookup_backend
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, T5Model
+from under_dynamo import (
+    COUNTS,
+    NOTHING,
+    WITHOUT_INDUCTOR,
+    assert_alike,
+    compiled,
+    counts,
+    logits,
+    only_report,
+    said,
+    tokens,
+)
 
 import fxopt
 from fxopt import dynamo_backend, dynamo_graph
-from fxopt.dynamo_backend import GraphReport, last_reports
-from fxopt.families import VOCABULARY, tiny
+from fxopt.dynamo_backend import last_reports
+from fxopt.families import tiny
 from fxopt.passes.fuse_qkv import FuseQKV, Projections
 from fxopt.program import Program
 from fxopt.rewrite import Pass
-from fxopt.seats import MOST_MOVES
 
-WITHOUT_INDUCTOR: dict[str, Any] = {"backend": "aot_eager"}
-NOTHING = "the passes found nothing that the compiler would not do itself"
-
-#: What is rewritten in the two layers of each: groups of heads, q/k/v, gate/up.
-COUNTS = {
-    "llama": (2, 2, 2),
-    "gemma2": (2, 2, 2),
-    "gpt2": (0, 0, 0),
-    "gpt_neo": (0, 2, 0),
-    "mixtral": (2, 2, 0),
-    "qwen3": (2, 2, 2),
-    "phi": (2, 2, 0),
-}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    dynamo_backend._reports.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled(model: Any, **options: Any) -> Any:
-    return torch.compile(model, backend="fxopt", options=WITHOUT_INDUCTOR | options)
-
-
-def tokens(batch: int = 2, length: int = 7) -> Tensor:
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    """With the first token of the first row masked, so that attention has a mask."""
-    mask = torch.ones_like(ids)
-    mask[0, 0] = 0
-    found: Tensor = model(ids, attention_mask=mask, use_cache=False).logits
-    return found
-
-
-def assert_alike(fast: Any, stock: Any, ids: Tensor | None = None) -> None:
-    ids = tokens() if ids is None else ids
-    torch.testing.assert_close(logits(fast, ids), logits(stock, ids), rtol=1e-4, atol=1e-4)
-
-
-def counts(report: GraphReport) -> tuple[int, ...]:
-    return tuple(report[name].matched for name in ("grouped_attention", "fuse_qkv", "fuse_gate_up"))
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "fxopt"]
-
-
-def only_report() -> GraphReport:
-    (report,) = last_reports()
-    return report
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("family", COUNTS)
@@ -152,126 +105,6 @@ def test_two_models_and_one_twice() -> None:
             assert_alike(fast, stock)
     copied = copy.deepcopy(first)
     assert_alike(compiled(copied), tiny("llama"))
-
-
-def storage_bytes(model: nn.Module) -> int:
-    storages = [parameter.untyped_storage() for parameter in model.parameters()]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def test_weights_are_packed_without_a_copy_and_saved_as_they_were(tmp_path: Path) -> None:
-    model, stock = tiny("llama"), tiny("llama")
-    assert_alike(compiled(model), stock)
-    assert model.model.layers[0].self_attn.q_proj.weight.untyped_storage().nbytes() == (64 + 32 + 32) * 64 * 4
-    assert storage_bytes(model) == storage_bytes(stock)
-    before, after = stock.state_dict(), model.state_dict()
-    assert list(before) == list(after)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    model.save_pretrained(tmp_path)
-    assert_alike(AutoModelForCausalLM.from_pretrained(tmp_path), stock)
-    assert_alike(fxopt.optimize(model, max_len=32, backend="eager", verify="off"), stock)  # packs nothing anew
-
-
-def test_updates_in_place_are_seen() -> None:
-    model = tiny("llama")
-    fast = compiled(model)
-    assert_alike(fast, model)
-    layer = model.model.layers[0]
-    with torch.no_grad():
-        layer.self_attn.k_proj.weight.mul_(2)
-        layer.mlp.up_proj.weight[3:5] += 1
-    assert_alike(fast, model)
-    model.load_state_dict({name: value * 1.5 for name, value in tiny("llama").state_dict().items()})
-    assert_alike(fast, model)
-    assert len(last_reports()) == 1
-
-
-def test_weights_that_move_are_packed_again() -> None:
-    model = tiny("llama")
-    fast = compiled(model)
-    assert_alike(fast, model)
-    layer = model.model.layers[1]
-    state = tiny("llama").state_dict()
-    model.load_state_dict({name: value * 1.5 for name, value in state.items()}, assign=True)
-    assert_alike(fast, model)
-    layer.mlp.gate_proj.weight = nn.Parameter(torch.randn(128, 64))
-    assert_alike(fast, model)
-    layer.self_attn.q_proj.weight.data = torch.randn(64, 64)
-    assert_alike(fast, model)
-    packed = layer.self_attn.q_proj.weight.untyped_storage()
-    assert packed.data_ptr() == layer.self_attn.v_proj.weight.untyped_storage().data_ptr()
-    assert len(last_reports()) == 1
-    assert_alike(fast, model.double())
-    assert_alike(fast, model.float())
-
-
-def test_weights_that_never_rest(caplog: pytest.LogCaptureFixture) -> None:
-    """Past some packings the graph runs as it came, with other sizes too."""
-    model = tiny("llama")
-    fast = compiled(model)
-    for _ in range(MOST_MOVES + 2):
-        model.model.layers[0].self_attn.q_proj.weight.data = torch.randn(64, 64)
-        assert_alike(fast, model)
-    assert [message for message in said(caplog) if "moved" in message] == [
-        f"the weights are not packed (they have moved {MOST_MOVES} times), so the graph runs as it was before any pass"
-    ]
-    for batch, length in ((3, 9), (1, 5), (2, 7)):
-        assert_alike(fast, model, tokens(batch, length))
-
-
-def test_a_weight_that_may_not_move() -> None:
-    """One that shares its memory with something else stays, at first and later on."""
-    model = tiny("llama")
-    everything = torch.randn(2, 64, 64)
-    layers = model.model.layers
-    layers[0].self_attn.q_proj.weight.data = everything[0]
-    fast = compiled(model)
-    assert_alike(fast, model)
-    assert counts(only_report()) == (2, 1, 2)
-    assert "part of a larger storage" in only_report()["fuse_qkv"].refused[0].reason
-    layers[1].self_attn.q_proj.weight.data = everything[1]
-    assert_alike(fast, model)
-    everything.mul_(2)
-    assert_alike(fast, model)
-    assert layers[1].self_attn.q_proj.weight.data_ptr() == everything[1].data_ptr()
-
-
-def test_gradients_are_those_of_the_stock_model() -> None:
-    model, stock = tiny("llama").train(), tiny("llama").train()
-    fast = compiled(model)
-    for _ in range(2):
-        for one in (fast, stock):
-            one(tokens(), labels=tokens()).loss.backward()
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.grad, stock.get_parameter(name).grad)
-        assert_alike(fast, stock)  # without gradients: packs the weights that are trained on
-        for one in (model, stock):
-            torch.optim.SGD(one.parameters(), lr=0.01).step()
-            one.zero_grad()
-    assert_alike(fast, stock)
-    reasons = {report.left_alone for report in last_reports()}
-    assert reasons == {None, "it may be differentiated; call the model under torch.no_grad() for the passes"}
-
-
-def test_weights_may_be_packed_before_a_backward_pass() -> None:
-    model, stock = tiny("llama"), tiny("llama")
-    fast = compiled(model)
-    losses = [one(tokens(), labels=tokens()).loss for one in (fast, stock)]
-    assert_alike(fast, stock)
-    for loss in losses:
-        loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, stock.get_parameter(name).grad)
-
-
-def test_weights_packed_in_inference_mode_can_be_trained() -> None:
-    model = tiny("llama")
-    fast = compiled(model)
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(tokens()).logits, model(tokens()).logits)
-    assert counts(only_report())[1:] == (2, 2)
-    fast(tokens(), labels=tokens()).loss.backward()
-    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
 
 
 @dataclass(frozen=True)
@@ -385,177 +218,6 @@ def test_pytorch_knows_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known == ["fxopt"]
 
 
-class Attention(nn.Module):
-    """Attention of no language model, with one twist at a time."""
-
-    def __init__(self, twist: str = "") -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
-        self.twist = twist
-        if twist == "tied":
-            self.k.weight = self.q.weight
-
-    def forward(self, x: Tensor) -> Any:
-        batch, step, _ = x.shape
-
-        def heads(y: Tensor) -> Tensor:
-            return y.view(batch, step, 4, -1).transpose(1, 2)
-
-        if self.twist == "input written":
-            x = x.clone()
-            same = x.view(batch, step, 32)
-            q = self.q(same)
-            x.add_(1)
-            q, k, v = heads(q), heads(self.k(same)), heads(self.v(same))
-        else:
-            q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-        if self.twist == "products":
-            mixed = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1) @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v)
-        if self.twist == "read twice":
-            mixed = mixed + F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = self.o(mixed.transpose(1, 2).reshape(batch, step, 32))
-        if self.twist == "handed out":
-            return y, k
-        if self.twist == "copied":
-            return y, y.clone(), x[:]
-        return y
-
-
-@pytest.mark.parametrize(
-    ("twist", "matched", "reason"),
-    [
-        ("", 1, ""),
-        ("products", 1, ""),
-        ("copied", 1, ""),
-        ("read twice", 1, "other attention reads the same projections"),
-        ("input written", 0, "view is written into between them"),
-        ("handed out", 0, "linear_1 is handed out, and would be a part of a larger tensor"),
-        ("tied", 0, "two of them are the same memory"),
-    ],
-)
-@torch.no_grad()
-def test_any_program(twist: str, matched: int, reason: str) -> None:
-    """No language model, and things that a captured one never does."""
-    model = Attention(twist)
-    stock = copy.deepcopy(model)
-    fast = compiled(model)
-    for shape in ((2, 5, 32), (3, 6, 32)):
-        x = torch.randn(shape)
-        found, wanted = fast(x), stock(x)
-        torch.testing.assert_close(found, wanted)
-        for one, other in zip(found, wanted, strict=True):
-            assert one.stride() == other.stride()
-    assert last_reports()[-1]["fuse_qkv"].matched == matched
-    outcome = last_reports()[0]["fuse_qkv"]
-    assert reason in " ".join(spot.reason for spot in (*outcome.refused, *outcome.near))
-    if twist == "copied":
-        found[1].zero_()
-        torch.testing.assert_close(found[0], wanted[0])
-
-
-class Gated(nn.Module):
-    """A gated product behind some control flow, with a buffer that is written."""
-
-    def __init__(self, kind: str = "") -> None:
-        super().__init__()
-        self.gate, self.up, self.norm = nn.Linear(8, 12), nn.Linear(8, 12), nn.BatchNorm1d(12)
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        match self.kind:
-            case "arithmetic":
-                x = torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: torch.sin(x) - 1, (x,))
-            case "may fail":
-                x = torch.cond(x.sum() > 0, lambda x: x[:, torch.arange(8)], lambda x: x - 1, (x,))
-            case "check":
-                torch._assert_async(x.sum() < 100, "too much")
-                x = x + torch.tensor([1.0] * 8)
-            case "silent check":
-                torch._assert_async(x.sum() < 100)
-            case "vmap":
-                x = torch.vmap(lambda row: row * row.sum())(x)
-            case "no_grad":
-                with torch.no_grad():
-                    x = x * 2
-            case "autocast off":
-                with torch.autocast("cpu", enabled=False):
-                    x = x * 2
-            case "autocast":
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    x = (x @ torch.eye(8)).float()
-        return self.norm(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("kind", "inlined", "left_alone"),
-    [
-        ("", 0, None),
-        ("arithmetic", 1, None),
-        ("may fail", 0, None),
-        ("check", 0, None),
-        ("silent check", 0, "_assert_async is called for what it does, not for what it returns"),
-        ("vmap", 0, "belongs to a transform of torch.func"),
-        ("no_grad", 0, None),
-        ("autocast off", 0, None),
-        ("autocast", 0, "_enter_autocast switches autocast on"),
-    ],
-)
-def test_control_flow(kind: str, inlined: int, left_alone: str | None) -> None:
-    model = Gated(kind).requires_grad_(False)
-    stock = copy.deepcopy(model)
-    fast = compiled(model)
-    for sign in (1, -1, 1):
-        x = torch.randn(5, 8) * 0.1 + sign
-        torch.testing.assert_close(fast(x), stock(x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.norm.running_mean, stock.norm.running_mean)
-    report = only_report()
-    assert (left_alone or "None") in str(report.left_alone)
-    if left_alone is None:
-        assert report["fuse_gate_up"].matched == 1
-        assert -report["remove_control_flow"].ops.get("cond", 0) == inlined
-    if kind == "check":
-        with pytest.raises(RuntimeError, match="too much"):
-            fast(torch.full((5, 8), 10.0))
-
-
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-GATED_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
-
-
-@pytest.mark.parametrize(
-    ("make", "inputs", "matched"),
-    [
-        (lambda: BertModel(BertConfig(**SMALL, intermediate_size=128)), ("input_ids",), (0, 2, 0)),
-        (lambda: T5Model(T5Config(vocab_size=VOCABULARY, **GATED_T5)), ("input_ids", "decoder_input_ids"), (0, 2, 2)),
-    ],
-    ids=["bert", "t5"],
-)
-@torch.no_grad()
-def test_other_transformers(make: Callable[[], Any], inputs: tuple[str, ...], matched: tuple[int, ...]) -> None:
-    """An encoder; and a model with cross-attention, whose query reads another input than key and value do."""
-    model = make().eval()
-    arguments = {name: tokens() for name in inputs}
-    wanted = model(**arguments).last_hidden_state
-    torch.testing.assert_close(compiled(model)(**arguments).last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
-    assert counts(only_report()) == matched
-
-
-def test_autocast_is_left_alone() -> None:
-    model = Attention()
-    x = torch.randn(2, 5, 32)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(compiled(model)(x), model(x))
-    assert only_report().left_alone == "autocast is on"
-
-
-def test_what_has_no_weights_is_left_alone() -> None:
-    fast = compiled(lambda x: torch.relu(x).sum())
-    assert fast(torch.ones(3)) == 3
-    assert only_report().left_alone == NOTHING
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_through_inductor(family: str) -> None:
@@ -564,28 +226,3 @@ def test_through_inductor(family: str) -> None:
     for batch, length in ((2, 7), (3, 9), (4, 11)):
         assert_alike(fast, stock, tokens(batch, length))
     assert all(counts(report) == COUNTS[family] and report.left_alone is None for report in last_reports())
-
-
-@pytest.mark.slow
-def test_weights_move_under_inductor() -> None:
-    model = tiny("llama")
-    fast = torch.compile(model, backend="fxopt", mode="max-autotune-no-cudagraphs")
-    assert_alike(fast, model)
-    model.load_state_dict({n: v * 1.5 for n, v in tiny("llama").state_dict().items()}, assign=True)
-    assert_alike(fast, model)
-    with torch.no_grad():
-        model.model.layers[1].mlp.gate_proj.weight.mul_(2)
-    assert_alike(fast, model)
-    for _ in range(MOST_MOVES):
-        model.model.layers[0].self_attn.q_proj.weight.data = torch.randn(64, 64)
-        assert_alike(fast, model)
-
-
-@pytest.mark.slow
-def test_frozen_weights_under_inductor() -> None:
-    """Inductor's own freezing keeps copies of weights; what is packed is no copy that it could keep."""
-    model = Attention().eval()
-    x = torch.randn(2, 5, 32)
-    with torch.no_grad():
-        fast = torch.compile(model, backend="fxopt", options={"freezing": True})
-        torch.testing.assert_close(fast(x), model(x))

@@ -21,6 +21,7 @@ TYPED = "w5 w6\nw7 w8 w9\n"
 RUNS = {
     "quickstart.py": (["--tiny"], "static_kv"),
     "write_a_pass.py": ([], "wrong_norm was dropped"),
+    "plan_memory.py": (["--svg", f"{TINY}/plan.svg"], "operators compared, 0 differ"),
     "peak_memory.py": (["--layers", "2", "--backend", "eager"], "peak / (weights + KV buffers)"),
     "decode_speed.py": (
         ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],

@@ -35,7 +35,7 @@ LLAMA = {
 
 
 def test_every_pass_has_a_row() -> None:
-    assert list(LLAMA) == list(BY_NAME)
+    assert list(LLAMA) == [kind.name for kind in PASSES if kind.stage is not Stage.CODE]  # those rewrite no graph
 
 
 @pytest.mark.parametrize("name", LLAMA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import fxopt
 from fxopt import cache as caches
 from fxopt.errors import CacheMemoryError, InvalidRequestError
 from fxopt.families import VOCABULARY, tiny
+from fxopt.program import Facts, KVShape
 from fxopt.replay import Replays
 
 MAX_LEN = 160
@@ -231,3 +233,27 @@ def test_the_report_names_the_graphs_by_batch() -> None:
     both = fxopt.optimize(tiny("llama"), MAX_LEN, max_batch=4, backend="eager").fxopt.report
     assert both.graphs == dict.fromkeys(("1 sequence", "two sequences or more"), "prefill, decode")
     assert "for two sequences or more prefill, decode" in str(both)
+
+
+def test_the_collector_may_run_while_a_buffer_is_borrowed() -> None:
+    """In a thread, so that the dead lock is a failure and not a hang."""
+    facts = Facts((KVShape(2, 16, 2, 16),), 64, 32, torch.float32, torch.device("cpu"), 0, 0, 0, tuple)
+    pool = caches.BufferPool(facts)
+
+    class Collecting(caches.BufferSet):
+        def __init__(self, *args: Any) -> None:
+            gc.collect()  # as may happen at any allocation
+            super().__init__(*args)
+
+    def borrow() -> None:
+        held: Any = caches.BufferCache(pool, facts, 1)
+        held.itself = held  # part of a cycle, as an exception's traceback makes it
+        del held
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(caches, "BufferSet", Collecting)
+            pool.borrow(2)
+
+    thread = threading.Thread(target=borrow, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()

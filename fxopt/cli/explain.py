@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-from fxopt.cli.options import DTYPES, Commands, add_passes, positive, save, selection
+from fxopt.cli.options import Commands, add_config, add_passes, dtype_of, positive, save, selection
 from fxopt.lower import BACKENDS
 from fxopt.preview import explain
 
@@ -15,9 +13,7 @@ HELP = "what would fxopt do to a model? No weights, nothing is compiled"
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser("explain", help=HELP, description=HELP)
-    parser.add_argument("model", metavar="MODEL", help="a folder, a config.json, or a name for from_pretrained")
-    parser.add_argument("--max-len", type=int, help="default: what the model can do, at most 4096")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: what the config says")
+    add_config(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="inductor")
     parser.add_argument("--batch", type=positive, default=1, help="of the decode step that is costed (default 1)")
     parser.add_argument("--diff", metavar="PASS", help="print what one pass changes, instead of the report")
@@ -32,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.max_len,
         passes=selection(arguments),
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        dtype=dtype_of(arguments),
         backend=arguments.backend,
         batch=arguments.batch,
     )

@@ -32,14 +32,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help='a folder or name for from_pretrained, or "demo"')
 
 
+def add_config(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """What a command needs that looks at a model without its weights."""
+    parser.add_argument(
+        "model", metavar="MODEL", help='a folder, a config.json, a name for from_pretrained, or "demo"', **options
+    )
+    parser.add_argument("--max-len", type=int, help="default: what the model can do, at most 4096")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what the config says")
+
+
 def add_passes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--passes", help="names, separated by commas, or a preset; default: all")
-    group = parser.add_argument_group("leave one pass out")
+    parser.add_argument("--passes", help="names, separated by commas, or a preset")
+    out = parser.add_argument_group("leave one pass out")
+    extra = parser.add_argument_group("add one that is not applied by default")
     for kind in catalogue():
         if not kind.required:
-            group.add_argument(
-                flag_of(kind), dest="left_out", action="append_const", const=kind.name, help=kind.summary
-            )
+            group, chosen = (out, "left_out") if kind.by_default else (extra, "added")
+            group.add_argument(flag_of(kind), dest=chosen, action="append_const", const=kind.name, help=kind.summary)
 
 
 def add_running(parser: argparse.ArgumentParser, *, backend: str = "inductor") -> None:
@@ -68,7 +77,8 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def flag_of(kind: type[Pass[Any]]) -> str:
-    return f"--no-{kind.name.replace('_', '-')}"
+    """What leaves a pass out, or adds one that is not applied by default."""
+    return f"--{'no-' * kind.by_default}{kind.name.replace('_', '-')}"
 
 
 def positive(text: str) -> int:
@@ -80,10 +90,10 @@ def positive(text: str) -> int:
 
 def selection(arguments: argparse.Namespace) -> list[Pass[Any]]:
     """What the flags say about passes."""
-    left_out = set(arguments.left_out or ())
+    left_out, added = set(arguments.left_out or ()), arguments.added or []
     named = arguments.passes
     chosen = select(named if named is None or named in PRESETS else named.split(","))
-    return [p for p in chosen if p.name not in left_out]
+    return [p for p in select([*chosen, *added]) if p.name not in left_out]
 
 
 def prompts(arguments: argparse.Namespace) -> list[str]:
@@ -122,6 +132,10 @@ def optimised(arguments: argparse.Namespace, name: str) -> tuple[Any, Any, Any]:
     if arguments.save_report:
         save(fast.fxopt.report, arguments.save_report)
     return model, fast, tokenizer
+
+
+def dtype_of(arguments: argparse.Namespace) -> torch.dtype | None:
+    return getattr(torch, arguments.dtype) if arguments.dtype else None
 
 
 def save(report: Report, path: str) -> None:

@@ -21,5 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = ", ".join(field.name for field in dataclasses.fields(kind()))  # type: ignore[arg-type]
         flag = "needed" if kind.required else flag_of(kind)
         rows.append([kind.name, kind.stage.value, kind.summary, options, flag])
-    print(tabulate(rows, headers=["pass", "graph", "what it rewrites", "options", "leave out"], tablefmt="simple"))
+    print(
+        tabulate(rows, headers=["pass", "graph", "what it rewrites", "options", "leave out, or add"], tablefmt="simple")
+    )
     return 0

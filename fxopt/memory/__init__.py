@@ -5,7 +5,7 @@ from fxopt.memory.document import from_dict, to_dict
 from fxopt.memory.errors import PlanError
 from fxopt.memory.minimalloc import read_csv, write_csv
 from fxopt.memory.order import Order
-from fxopt.memory.picture import draw
+from fxopt.memory.picture import draw, draw_beside
 from fxopt.memory.planner import SOLVERS, Plan, plan
 from fxopt.memory.problem import Buffer, Problem
 from fxopt.memory.sets import MemoryPlan, plan_sets, plan_symbolic
@@ -25,6 +25,7 @@ __all__ = [
     "SymbolicPlan",
     "SymbolicProblem",
     "draw",
+    "draw_beside",
     "from_dict",
     "plan",
     "plan_sets",

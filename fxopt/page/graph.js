@@ -17,6 +17,8 @@ function marginNumber(source) {
 function drawGraph() {
   const stage = stages[state.stage];
   const graph = byId("graph");
+  byId("memory").hidden = stage.kind !== "code" || stage.state === "dropped";
+  graph.hidden = byId("card").hidden = stage.kind === "code";
   if (!stage.groups.length) {
     graph.replaceChildren(el("p", { class: "empty", text: "There is no graph: the pass failed before it made one." }));
     return;

@@ -40,6 +40,7 @@ function tile(title, value, note = "", kind = "") {
 }
 
 function passTiles(stage) {
+  if (stage.kind === "code") return codeTiles(stage);
   const [before, after] = stage.nodes;
   const nodes = el("span", {}, before === after ? "" : `${amount(before)} → `, amount(after));
   if (stage.state === "start") return [tile("Nodes", nodes), ...verifiedTile(stage)];
@@ -52,6 +53,18 @@ function passTiles(stage) {
     tile("Weights freed", stage.freed_bytes ? signed(-stage.freed_bytes, size) : "none"),
     tile("Took", seconds(stage.seconds)),
     ...verifiedTile(stage),
+  ];
+}
+
+/** The sizes of the one arena are those of the graph that needs most. */
+function codeTiles(stage) {
+  const most = (key) => Math.max(0, ...report.arenas.map((graph) => graph[key]));
+  const [arena, least] = [most("arena"), most("lower_bound")];
+  return [
+    tile("Pieces placed", amount(stage.matched), `of ${amount(stage.expected)}`, stage.state === "incomplete" ? "bad" : ""),
+    tile("Arena", size(arena), "for all graphs"),
+    tile("Least possible", size(least), least ? `the arena is ${(arena / least).toFixed(3)} of it` : ""),
+    tile("Handed on", size(most("handed_on")), "from piece to piece, beside the arena"),
   ];
 }
 

@@ -1,6 +1,6 @@
 // The pipeline at the left, every stage in order.
 
-const railHeading = { capture: "Symbolic graph", specialise: "One-token graph" };
+const railHeading = { capture: "Symbolic graph", specialise: "One-token graph", code: "Compiled code" };
 
 function drawRail(focus) {
   const rail = byId("stages");
@@ -61,6 +61,7 @@ const verifiedLabel = ({ verified }) =>
     : "";
 
 function railNote(stage) {
+  if (stage.kind === "code") return stage.state === "dropped" ? "" : "no graph changes";
   if (stage.state === "start") return plural(stage.nodes[1], "node");
   const left = stage.refused.length + (stage.state === "complete" ? 0 : stage.near.length);
   const change = stage.nodes[1] - stage.nodes[0];

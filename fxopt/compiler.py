@@ -1,0 +1,85 @@
+"""How the graphs of one model become code: by which backend, in how many pieces, and in which memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fxopt.activation_dag import activation_dag, dump
+from fxopt.activation_plan import plan_activations
+from fxopt.arena_memory import SharedArena
+from fxopt.engine import Limits
+from fxopt.errors import InvalidRequestError, LoweringError, first_line
+from fxopt.lower import Backend, Lowered, lower
+from fxopt.outcome import Outcome, Spot
+from fxopt.passes.plan_memory import PlanMemory
+from fxopt.program import Facts, Program
+from fxopt.rewrite import Pass
+from fxopt.shape_sets import ShapeSet, full_sets
+from fxopt.specialise import Role
+
+BATCH = 2  # sequences that memory is planned for where nobody named more
+
+
+class Compiler:
+    """Makes specialised graphs run. With ``plan_memory`` all of them compute in one arena."""
+
+    def __init__(self, backend: Backend, passes: Iterable[Pass[Any]], facts: Facts, limits: Limits) -> None:
+        self.backend = backend
+        self._limits = limits
+        self._planned = next((one for one in passes if isinstance(one, PlanMemory)), None)
+        self.arena = SharedArena(facts.device) if self._planned is not None and unplaceable(backend) is None else None
+
+    def __call__(self, program: Program, role: Role) -> Lowered:
+        sets = self._shape_sets(program, role) if self._planned is not None else ()
+        self._dump(program, role, sets)
+        try:
+            return lower(program, self.backend, layered=program.facts.layered, arena=self.arena, shape_sets=sets)
+        except RuntimeError as error:
+            raise LoweringError(
+                f"{self.backend} failed to compile the {role.name} graph for {role.sequences}: {first_line(error)} "
+                'Inductor needs a C++ compiler (g++); backend="aot_eager" does without'
+            ) from error
+
+    def _shape_sets(self, program: Program, role: Role) -> Sequence[ShapeSet]:
+        """The sets of this graph: what was asked for, with the numbers that nobody named."""
+        assert self._planned is not None
+        batch = role.batch or max(self._limits.max_batch or BATCH, 2)
+        asked = (self._planned.max_input_shapes or {}).get(role.name, ())
+        fitting = [each for each in asked if (each.get("batch", batch) == 1) == (role.batch == 1)]
+        return full_sets(role.name, program, fitting, role.longest_step, batch)
+
+    def _dump(self, program: Program, role: Role, sets: Sequence[ShapeSet]) -> None:
+        if self._planned is None or self._planned.dump_activation_dag is None:
+            return
+        path = Path(self._planned.dump_activation_dag)
+        batch = "" if role.batch == 1 else f"-{role.batch or 'any'}"
+        try:
+            made = activation_dag(program.gm, plan_activations(program, sets))
+            dump(made, path.with_name(f"{path.stem}.{role.name}{batch}{path.suffix}"))
+        except OSError as error:
+            raise InvalidRequestError(f"dump_activation_dag={str(path)!r} cannot be written: {error}") from error
+
+
+def unplaceable(backend: Backend) -> str | None:
+    """Why ``plan_memory`` can place nothing, or None."""
+    if backend != "inductor":
+        return f"it places what Inductor's code computes, and backend={backend!r} makes none"
+    from fxopt.inductor_arena import missing
+
+    return missing()
+
+
+def arena_outcome(rewriter: PlanMemory, backend: Backend, graphs: Mapping[Role, Lowered]) -> Outcome:
+    """What ``plan_memory`` came to: a place for every piece whose buffers it placed."""
+    found = Outcome(rewriter.name, rewriter.stage.value, rewriter.summary, dropped=unplaceable(backend))
+    for role, graph in graphs.items():
+        for number, placed in enumerate(graph.arena.pieces if graph.arena is not None else ()):
+            piece = f"{role.name} for {role.sequences}, piece {number}"
+            if placed is None:
+                found.refused.append(Spot(piece, "", None, "Inductor placed the buffers of this piece itself"))
+            else:
+                found.sites.append(Spot(piece, "", None))
+    found.matched, found.expected = len(found.sites), len(found.sites) + len(found.refused)
+    return found
