@@ -117,7 +117,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
 def _compiled(pipeline: Pipeline, backend: Backend, limits: Limits, progress: Progress) -> Engine:
     """An engine whose prefill and decode graphs are compiled; other batch sizes follow on first use."""
 
-    facts = pipeline.captured.facts
+    facts = pipeline.program.facts
     compiler = Compiler(backend, pipeline.kept, facts, limits)
     engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena)
     for role in engine.first_roles():

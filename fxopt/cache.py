@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -18,26 +18,26 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from fxopt.errors import CacheMemoryError, InvalidRequestError, first_line
-from fxopt.program import Facts
+from fxopt.program import Facts, Rows
 
 
 class BufferSet:
-    """Static K and V buffers of every layer for up to ``size`` sequences, and the mask over their rows."""
+    """Static buffers of every layer for up to ``size`` sequences, and the mask over their rows."""
 
     def __init__(self, facts: Facts, size: int) -> None:
-        like: dict[str, Any] = {"dtype": facts.dtype, "device": facts.device}
-        shapes = [layer.shapes(size, facts.capacity) for layer in facts.layers]
         with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
             # Zeros, because a masked row still enters the sum: 0 * NaN is NaN.
-            self.keys = [torch.zeros(key, **like) for key, _ in shapes]
-            self.values = [torch.zeros(value, **like) for _, value in shapes]
+            self.tensors = {
+                buffer.name: torch.zeros(buffer.shape(size, facts.capacity), dtype=buffer.dtype, device=facts.device)
+                for buffer in facts.buffers()
+            }
             self.mask = torch.zeros(size, facts.capacity, dtype=torch.long, device=facts.device)
             self.turn = Turn(size, facts.device)
         self.size = size
         self.nbytes = buffer_bytes(facts, size)
 
     def clear(self) -> None:
-        for tensor in (*self.keys, *self.values, self.mask):
+        for tensor in (*self.tensors.values(), self.mask):
             tensor.zero_()
 
 
@@ -53,8 +53,8 @@ class Turn:
 
 def buffer_bytes(facts: Facts, size: int) -> int:
     """Memory of the buffers for ``size`` sequences."""
-    per_row = sum(heads * dim for layer in facts.layers for _, heads, _, dim in layer.shapes(1, 1))
-    return size * facts.capacity * (per_row * facts.dtype.itemsize + torch.long.itemsize)
+    per_row = sum(buffer.heads * buffer.width * buffer.dtype.itemsize for buffer in facts.buffers())
+    return size * facts.capacity * (per_row + torch.long.itemsize)
 
 
 class BufferPool:
@@ -134,20 +134,17 @@ class BufferCache(Cache):
         self.pool = pool
         self.batch = batch
         self._facts = facts
-        self.keys = [buffer[:batch] for buffer in self.buffers.keys]
-        self.values = [buffer[:batch] for buffer in self.buffers.values]
+        self.tensors = {name: tensor[:batch] for name, tensor in self.buffers.tensors.items()}
         self.mask = self.buffers.mask[:batch]
-        pairs = zip(self.keys, self.values, strict=True)
-        super().__init__(layers=[StaticLayer(key, value, facts.max_len) for key, value in pairs])
+        kept = [[Kept(rows, self.tensors) for rows in facts.rows(layer)] for layer in range(len(facts.layers))]
+        super().__init__(layers=[StaticLayer(key, value, facts.max_len) for key, value in kept])
         self._lease = weakref.finalize(self, pool.give_back, self.buffers)
         self._lease.atexit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BufferCache:
         """The same contents in buffers of their own: how a prompt's cache is kept for several answers."""
         twin = BufferCache(self.pool, self._facts, self.batch)
-        sources = (*self.keys, *self.values, self.mask)
-        targets = (*twin.keys, *twin.values, twin.mask)
-        for target, source in zip(targets, sources, strict=True):
+        for target, source in zip(twin._everything(), self._everything(), strict=True):
             target.copy_(source)
         twin.advance(self.length)
         return twin
@@ -181,12 +178,15 @@ class BufferCache(Cache):
     def _take(self, sequences: Tensor) -> None:
         """Go on with some of the sequences, in buffers for that many."""
         length = self.length
-        kept = [t.index_select(0, sequences) for t in (*self.keys, *self.values, self.mask)]
+        kept = [tensor.index_select(0, sequences) for tensor in self._everything()]
         self._lease()  # gives the buffers back
         BufferCache.__init__(self, self.pool, self._facts, len(sequences))
-        for target, source in zip((*self.keys, *self.values, self.mask), kept, strict=True):
+        for target, source in zip(self._everything(), kept, strict=True):
             target.copy_(source)
         self.advance(length)
+
+    def _everything(self) -> tuple[Tensor, ...]:
+        return (*self.tensors.values(), self.mask)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         super().crop(tokens_to_remove)
@@ -204,6 +204,24 @@ class BufferCache(Cache):
             layer.length = 0
 
 
+class Kept:
+    """The K or the V of one layer in its buffers: rows are written, and read back."""
+
+    def __init__(self, rows: Rows, tensors: Mapping[str, Tensor]) -> None:
+        self.buffers = [tensors[buffer.name] for buffer in rows.buffers]
+        self.dtype = rows.dtype
+        self._rows = rows
+
+    def write(self, start: int, rows: Tensor) -> None:
+        for buffer, part in zip(self.buffers, self._rows.encode(rows), strict=True):
+            buffer[:, :, start : start + rows.shape[2]].copy_(part)
+
+    def read(self, start: int, end: int) -> Tensor:
+        """A view where rows are kept as they are, else a new tensor."""
+        rows: Tensor = self._rows.decode([buffer[:, :, start:end] for buffer in self.buffers])
+        return rows
+
+
 class StaticLayer(CacheLayerMixin):
     """One layer's buffers, as Hugging Face's eager code expects to use them."""
 
@@ -211,10 +229,11 @@ class StaticLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, max_len: int) -> None:
+    def __init__(self, key: Kept, value: Kept, max_len: int) -> None:
         super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
+        self.kept = (key, value)
+        self.keys, self.values = key.buffers[0], value.buffers[0]  # what others look at for sizes
+        self.dtype, self.device = key.dtype, self.keys.device
         self.is_initialized = True
         self.max_len = max_len
         self.length = 0
@@ -230,10 +249,15 @@ class StaticLayer(CacheLayerMixin):
                 f"the cache holds {self.length} of {self.max_len} tokens and {key_states.shape[2]} more were fed; "
                 "call fxopt.optimize with a larger max_len"
             )
-        self.keys[:, :, self.length : end].copy_(key_states)
-        self.values[:, :, self.length : end].copy_(value_states)
+        for kept, states in zip(self.kept, (key_states, value_states), strict=True):
+            kept.write(self.length, states)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.read(0, end)
+
+    def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of some rows."""
+        key, value = (kept.read(start, end) for kept in self.kept)
+        return key, value
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -255,7 +279,7 @@ class StaticLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In place, so that the buffers stay where the compiled graphs write."""
         index = beam_idx.to(self.keys.device)
-        for buffer in (self.keys, self.values):
+        for buffer in (buffer for kept in self.kept for buffer in kept.buffers):
             filled = buffer[:, :, : self.length]
             filled.copy_(filled.index_select(0, index))
 

@@ -21,8 +21,6 @@ from fxopt.program import (
     LOGIT_POSITIONS,
     POSITION_IDS,
     Facts,
-    key_name,
-    value_name,
     whole_windows,
 )
 from fxopt.replay import Replays
@@ -157,10 +155,7 @@ class Engine:
     def arguments(self, cache: BufferCache, graph: Lowered, filled: int) -> dict[str, Tensor]:
         """What a step reads that lies still: the buffers, and the mask over the window that is ``filled``."""
         window = whole_windows(filled) if graph.windowed else self.facts.capacity
-        tensors = {ATTENTION_MASK: cache.mask[:, :window], LOGIT_POSITIONS: self._rows[:1]}
-        for layer, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            tensors[key_name(layer)], tensors[value_name(layer)] = key, value
-        return tensors
+        return {ATTENTION_MASK: cache.mask[:, :window], LOGIT_POSITIONS: self._rows[:1], **cache.tensors}
 
 
 class Decoding:

@@ -37,14 +37,16 @@ def prove_in_place(graph_text: str, facts: Facts, batch: int, window: str = "") 
     The symbol ``window`` counts as the whole capacity; any other one counts tokens of this step,
     which are activations and no cache.
     """
-    smallest = min(math.prod(shape) for layer in facts.layers for shape in layer.shapes(batch, facts.capacity))
+    shapes = [buffer.shape(batch, facts.capacity) for buffer in facts.buffers()]
+    smallest = min(math.prod(shape) for shape in shapes if shape[-1] > 1)  # scales are one number wide
     writes, copies = 0, []
     for line in graph_text.splitlines():
         found = _NODE.match(line)
         if found is None:
             continue
         name, sizes, op = found.groups()
-        if math.prod(_size(size.strip(), window, facts.capacity) for size in sizes.split(",")) < smallest:
+        found_shape = tuple(_size(size.strip(), window, facts.capacity) for size in sizes.split(","))
+        if math.prod(found_shape) < smallest and found_shape not in shapes:
             continue
         if op == "index_put_":
             writes += 1

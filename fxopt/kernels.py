@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxopt.launches import Access, Call, Launch, Layout, Part, call
-from fxopt.program import Program, key_name, value_name
+from fxopt.program import Program
 from fxopt.step_sizes import StepSizes
 from fxopt.views import Concat
 
@@ -79,7 +79,7 @@ class Step:
 def kernels_of(program: Program, batch: int, context: int) -> Step:
     """One new token for each of ``batch`` sequences; ``context`` rows are filled, the new one included."""
     walk = _Walk(StepSizes(program, batch, context))
-    caches = {name(layer) for layer in range(len(program.facts.layers)) for name in (key_name, value_name)}
+    caches = {buffer.name for buffer in program.facts.buffers()}
     inputs = [walk.input(node, node.target in caches) for node in program.placeholders().values()]
     outputs = [value.memory for value in walk.graph(program.gm, inputs) if isinstance(value, Held)]
     for memory in outputs[1:]:

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from fxopt.program import INPUT_IDS, Program, key_name, value_name
+from fxopt.program import INPUT_IDS, Program
 from fxopt.symbols import expression, fresh_like
 
 
@@ -77,7 +77,7 @@ def _calls(program: Program) -> list[Node]:
 
 def _buffers(program: Program) -> dict[str, int]:
     """The cache buffers by name, with their layers."""
-    return {name(layer): layer for layer in range(len(program.facts.layers)) for name in (key_name, value_name)}
+    return {buffer.name: layer for buffer, layer in program.facts.buffers().items()}
 
 
 class _Order:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fxopt.kv_formats import FORMATS, FormatName, KVFormat, Part, Run, call
 
 INPUT_IDS = "input_ids"  # [B, S]
 ATTENTION_MASK = "attention_mask"  # [B, N], 1 where a row of the cache may be attended to
@@ -42,13 +44,56 @@ def value_name(layer: int) -> str:
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """A tensor of the cache, which is an input of the graph under this name."""
+
+    name: str
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+    def shape(self, batch: int, rows: int) -> tuple[int, int, int, int]:
+        return (batch, self.heads, rows, self.width)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The K or the V of one layer: the buffers that it lies in, and how."""
+
+    name: str  # of the first buffer
+    heads: int
+    dim: int
+    dtype: torch.dtype  # that the model computes with
+    device: torch.device
+    format: KVFormat | None  # None: as the model has it
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        parts = (Part("", self.dtype, self.dim),) if self.format is None else self.format.parts(self.dim)
+        names = (f"{self.name}_{part.suffix}" if part.suffix else self.name for part in parts)
+        return tuple(Buffer(name, self.heads, p.width, p.dtype) for name, p in zip(names, parts, strict=True))
+
+    def encode(self, rows: Any, run: Run = call) -> tuple[Any, ...]:
+        """What of ``rows`` [B, H, S, D] goes into each buffer."""
+        return (rows,) if self.format is None else self.format.encode(run, rows, self.dim)
+
+    def decode(self, parts: Sequence[Any], run: Run = call) -> Any:
+        """The rows that such parts stand for."""
+        if self.format is None:
+            return parts[0]
+        return self.format.decode(run, parts, self.dim, self.dtype, self.device)
+
+
+@dataclass(frozen=True)
 class KVShape:
-    """What one layer keeps per token: the heads and widths of its key and its value."""
+    """What one layer keeps per token: the heads and widths of its key and its value, and in which formats."""
 
     key_heads: int
     key_dim: int
     value_heads: int
     value_dim: int
+    key_format: FormatName | None = None  # of kv_formats; None: the dtype of the model
+    value_format: FormatName | None = None
 
     def shapes(self, batch: int, rows: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
         return (batch, self.key_heads, rows, self.key_dim), (batch, self.value_heads, rows, self.value_dim)
@@ -56,12 +101,15 @@ class KVShape:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of the model and of this request, whatever the graph looks like."""
+    """What is true of the model and of this request, whatever the graph looks like.
+
+    How rows are kept is the one thing that a pass may change, with the buffers of its graph.
+    """
 
     layers: tuple[KVShape, ...]
     capacity: int  # rows of every cache buffer
     max_len: int
-    dtype: torch.dtype  # of the cache
+    dtype: torch.dtype  # of keys and values, as the model computes with them
     device: torch.device
     gated_mlps: int  # MLPs with a gate and an up projection of their own
     split_qkv: int  # attention layers with three projections of their own
@@ -69,6 +117,26 @@ class Facts:
     output_class: type  # what the model's forward returns
     backend: str = "eager"  # what the graphs will be handed to
     compile: str = "whole"  # in which pieces: "whole", "layer", or "auto"
+
+    def rows(self, layer: int) -> tuple[Rows, Rows]:
+        """How the K and the V of a layer are kept."""
+        one = self.layers[layer]
+        key, value = (FORMATS[name] if name else None for name in (one.key_format, one.value_format))
+        return (
+            Rows(key_name(layer), one.key_heads, one.key_dim, self.dtype, self.device, key),
+            Rows(value_name(layer), one.value_heads, one.value_dim, self.dtype, self.device, value),
+        )
+
+    def buffers(self) -> dict[Buffer, int]:
+        """Every buffer of the cache with its layer."""
+        layers = range(len(self.layers))
+        return {buffer: layer for layer in layers for rows in self.rows(layer) for buffer in rows.buffers}
+
+    @property
+    def formats(self) -> tuple[FormatName, ...]:
+        """The formats that any of the buffers is in, other than the model's own dtype."""
+        named = (name for layer in self.layers for name in (layer.key_format, layer.value_format))
+        return tuple(dict.fromkeys(name for name in named if name))
 
     @property
     def layered(self) -> bool:

@@ -11,6 +11,7 @@ from fxopt.passes.grouped_attention import GroupedAttention
 from fxopt.passes.last_logits import LastLogits
 from fxopt.passes.matvec import Matvec
 from fxopt.passes.plan_memory import PlanMemory
+from fxopt.passes.quantize_kv import QuantizeKV
 from fxopt.passes.remove_control_flow import RemoveControlFlow
 from fxopt.passes.rotary import Rotary
 from fxopt.passes.static_kv import StaticKV
@@ -26,6 +27,7 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     FuseGateUp,
     Rotary,
     LastLogits,
+    QuantizeKV,
     DecodeAttention,
     Matvec,
     PlanMemory,

@@ -10,7 +10,7 @@ from fxopt.artifact.plain import wrong
 from fxopt.artifact.sources import Source
 from fxopt.chain import Plan
 from fxopt.in_place import InPlaceProof
-from fxopt.program import ATTENTION_MASK, Facts, key_name, value_name
+from fxopt.program import ATTENTION_MASK, Facts
 from fxopt.specialise import Role
 
 
@@ -35,11 +35,10 @@ def check_fits(draft: Draft, facts: Facts, sources: Mapping[str, Source], where:
     for name, one in inputs.items():
         if one.stride not in (None, (facts.capacity, 1)) or (one.stride is not None and name != ATTENTION_MASK):
             wrong(f"{where}: {name}", "an input as the cache makes it", one.stride)
-    for layer, shape in enumerate(facts.layers):
-        for name, wanted in zip((key_name(layer), value_name(layer)), shape.shapes(1, facts.capacity), strict=True):
-            found = inputs.get(name)
-            if found is None or found.shape[1:] != wanted[1:] or found.dtype != facts.dtype:
-                wrong(f"{where}: {name}", f"a buffer of {list(wanted[1:])}", found.shape if found else None)
+    for buffer in facts.buffers():
+        found, wanted = inputs.get(buffer.name), buffer.shape(1, facts.capacity)
+        if found is None or found.shape[1:] != wanted[1:] or found.dtype != buffer.dtype:
+            wrong(f"{where}: {buffer.name}", f"a buffer of {list(wanted[1:])}", found.shape if found else None)
 
 
 def check_plan(one: SavedRole, draft: Draft, sources: Mapping[str, Source]) -> None:

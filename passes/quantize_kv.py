@@ -1,0 +1,130 @@
+"""K and V in 8 or 4 bits: a cache that is half or a quarter as large, and less to read for every token.
+
+    key_0: [B, H, capacity, D]                      key_0: [B, H, capacity, D] of int8
+                                                    key_0_scale: [B, H, capacity, 1]
+    k = index_copy_(key_0, 2, rows, new)  becomes   c = index_copy_(key_0, 2, rows, round(new / scale))
+                                                    s = index_copy_(key_0_scale, 2, rows, scale)
+    k[:, :, :N]                                     c[:, :, :N] * s[:, :, :N]
+
+A row is rounded once, when it is written; what attention reads is widened where it is read, in decode
+inside the loop that sums it. The formats are in ``fxopt/kv_formats.py``. This is the one pass that
+changes what the model says: docs/quantize-kv.md has by how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from fxopt.attention import RowWrite
+from fxopt.errors import InvalidRequestError
+from fxopt.kv_formats import FORMATS, FormatName
+from fxopt.lengths import ROWS
+from fxopt.program import CACHE_POSITION, Facts, Program, Rows
+from fxopt.rewrite import Pass
+from fxopt.views import Miss, arguments
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """The K or the V of one layer, kept as the model computes it."""
+
+    write: RowWrite
+    rows: Rows
+    layer: int
+    is_key: bool
+
+    @property
+    def node(self) -> Node:
+        return self.write.node
+
+    @property
+    def windows(self) -> list[Node]:
+        """The slices of rows that are read of the buffer; what else reads it reads all of it."""
+        slices = [user for user in self.node.users if user.target is aten.slice.Tensor]
+        return [one for one in slices if arguments(one)["dim"] == ROWS]
+
+
+@dataclass(frozen=True)
+class QuantizeKV(Pass[PlainRows]):
+    name = "quantize_kv"
+    summary = "keeps K and V in 8 or 4 bits, with scales beside them"
+    by_default: ClassVar[bool] = False
+
+    kv_dtype: FormatName = "int8"
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype not in FORMATS:
+            raise InvalidRequestError(f"kv_dtype={self.kv_dtype!r} is no format; there are {', '.join(FORMATS)}")
+
+    def expected(self, program: Program) -> int:
+        return 2 * len(program.facts.layers)
+
+    def find(self, program: Program) -> Iterator[PlainRows | Miss]:
+        inputs = program.placeholders()
+        for layer in range(len(program.facts.layers)):
+            for is_key, rows in zip((True, False), program.facts.rows(layer), strict=True):
+                if rows.format is not None:  # done before
+                    continue
+                write = RowWrite.into(inputs[rows.name])
+                if write is None:
+                    yield Miss(inputs[rows.name], "no index_copy_ writes rows into it")
+                else:
+                    yield PlainRows(write, rows, layer, is_key)
+
+    def refuse(self, program: Program, site: PlainRows) -> str | None:
+        buffer = site.write.buffer
+        if others := [user for user in buffer.users if user is not site.node and user.target is not aten.sym_size.int]:
+            return f"{buffer} is also read by {', '.join(map(str, others))}, which would find codes there"
+        why = FORMATS[self.kv_dtype].obstacle(site.rows.dim)
+        return None if why is None else f"{buffer} cannot be kept as {self.kv_dtype}: {why}"
+
+    def rewrite(self, program: Program, site: PlainRows) -> None:
+        rows = replace(site.rows, format=FORMATS[self.kv_dtype])
+        program.facts = self._noted(program.facts, site)
+        buffers = _inputs(program, site.write.buffer, rows)
+        position = program.placeholders()[CACHE_POSITION]
+
+        def run(operator: Any, *args: Any, **options: Any) -> Node:
+            return program.graph.call_function(operator, args, options)
+
+        with program.graph.inserting_before(site.node):
+            parts = zip(buffers, rows.encode(site.write.new, run), strict=True)
+            writes = [run(aten.index_copy_.default, buffer, ROWS, position, part) for buffer, part in parts]
+        for window in site.windows:
+            with program.graph.inserting_before(window):
+                seen = [run(aten.slice.Tensor, write, *window.args[1:]) for write in writes]
+                window.replace_all_uses_with(rows.decode(seen, run))
+            program.graph.erase_node(window)
+        if site.node.users:
+            with program.graph.inserting_before(site.node):
+                site.node.replace_all_uses_with(rows.decode(writes, run))
+        program.graph.erase_node(site.node)
+
+    def _noted(self, facts: Facts, site: PlainRows) -> Facts:
+        """The same with the format of this K or V."""
+        layers = list(facts.layers)
+        kind = "key_format" if site.is_key else "value_format"
+        layers[site.layer] = replace(layers[site.layer], **{kind: self.kv_dtype})
+        return replace(facts, layers=tuple(layers))
+
+
+def _inputs(program: Program, codes: Node, rows: Rows) -> list[Node]:
+    """The graph's inputs for what a row is spread over: the one that is there, now of codes, and new ones behind it."""
+    batch, capacity = codes.meta["val"].shape[0], program.facts.capacity
+    found: list[Node] = []
+    for buffer in rows.buffers:
+        with program.fake_mode:
+            example = torch.empty(buffer.shape(batch, capacity), dtype=buffer.dtype, device=program.facts.device)
+        if not found:
+            codes.meta["val"] = example
+            found.append(codes)
+        else:
+            found.append(program.add_input(buffer.name, example, after=found[-1]))
+    return found
