@@ -89,7 +89,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         pipeline.run()
     if judge is not None:
         with progress.step("verify the graphs"):
-            report.checks.append(pipeline.verify())
+            report.checks += pipeline.verify()
     with progress.step("pack weights"):
         pipeline.program = pack(pipeline.program)
         report.packed_bytes = packed_bytes(pipeline.program)

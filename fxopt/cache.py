@@ -243,6 +243,11 @@ class StaticLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The eager path: write the rows, hand out what is filled."""
+        self.write(key_states, value_states)
+        return self.read(0, self.length)
+
+    def write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write rows behind those that are there."""
         end = self.length + key_states.shape[2]
         if end > self.max_len:
             raise InvalidRequestError(
@@ -252,7 +257,6 @@ class StaticLayer(CacheLayerMixin):
         for kept, states in zip(self.kept, (key_states, value_states), strict=True):
             kept.write(self.length, states)
         self.length = end
-        return self.read(0, end)
 
     def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """The keys and values of some rows."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ PLAUSIBLE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 #: In half precision a rounding may turn over which expert a token goes to, in ours and not in theirs: a
 #: token of tiny random mixtures then differs by a third. Float32 is as strict with mixtures as with others.
 CHOICE_NOISE = 0.125
+#: A cache of fewer bits is compared with the stock model over such a cache. Both round what they write, and each
+#: is as far from the stock model as it is as the format moves it.
+BOTH_ROUND = 2.0
 #: Where nothing is wider than the dtype. Models compute rotary tables in float32 also in float64.
 WITHOUT_TRUTH = {
     torch.float64: 1e3 * torch.finfo(torch.float32).eps,
@@ -60,23 +64,67 @@ class Difference:
 
 
 def differences(case: Answered, found: Answer) -> Iterator[Difference]:
-    scenario, stock = case.scenario, case.stock
+    stock, truth = case.stock, case.truth or case.stock
     dtype = stock.keys[0].dtype  # that is computed in; some models widen their logits at the end
-    real = scenario.mask[:, scenario.start :].bool()
-    truth = case.truth or stock
     rounding = Rounding(dtype, case.truth is not None)
     least = CHOICE_NOISE if case.chooses_experts and dtype.itemsize == 2 else 0.0
-    for layer in range(len(stock.keys)):
-        for kind, answers in (("K", "keys"), ("V", "values")):
-            ours, theirs, true = (getattr(a, answers)[layer].transpose(1, 2)[real] for a in (found, stock, truth))
-            noise = max(least, relative_error(theirs, true))
-            yield difference(f"{kind} of layer {layer}, {scenario.name}", noise, rounding, ours, theirs, true)
+    for label, ours, theirs, true in _rows(case, found, stock, truth):
+        yield difference(label, max(least, relative_error(theirs, true)), rounding, ours, theirs, true)
     # One row of logits may be near the truth by luck; the worst of all says how far they usually are.
-    noise = max(least, *(relative_error(*pair) for pair in zip(stock.logits, truth.logits, strict=True)))
-    labels = [f"logits after token {scenario.start + end}" for _, end in scenario.feeds]
-    for label, ours, theirs, true in zip(labels, found.logits, stock.logits, truth.logits, strict=True):
-        yield difference(f"{label}, {scenario.name}", noise, rounding, ours, theirs, true)
-        yield token_difference(f"{label}, {scenario.name}", noise, rounding, ours, theirs, true)
+    noise = max(least, *(relative_error(*pair) for _, *pair in _logits(case, stock, truth)))
+    for label, ours, theirs, true in _logits(case, found, stock, truth):
+        yield difference(label, noise, rounding, ours, theirs, true)
+        yield token_difference(label, noise, rounding, ours, theirs, true)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far a format of the cache moves the stock model itself, each as a share of the length of a row."""
+
+    rows: float  # of K and V, as they are read back
+    logits: float
+
+    def __or__(self, other: Moved) -> Moved:
+        return Moved(max(self.rows, other.rows), max(self.logits, other.logits))
+
+
+def moved(case: Answered, rounded: Answer) -> Moved:
+    """``rounded``: what the stock model says over a cache in that format."""
+    rows = [relative_error(*pair) for _, *pair in _rows(case, rounded, case.stock)]
+    return Moved(max(rows), max(relative_error(*pair) for _, *pair in _logits(case, rounded, case.stock)))
+
+
+def differences_over(case: Answered, rounded: Answer, found: Answer) -> Iterator[Difference]:
+    """The same for a graph whose cache keeps fewer bits, as in ``rounded`` that of the stock model does."""
+    exact = {difference.label: difference.allowed for difference in differences(case, case.stock)}
+
+    def over(label: str, noise: float, ours: Tensor, theirs: Tensor) -> Difference:
+        error, allowed = relative_error(ours, theirs), exact[label] + BOTH_ROUND * noise
+        sentence = f"{label}, differ from the stock model's over a cache in the same format by {error:.1e} of their "
+        return Difference(label, error, allowed, f"{sentence}length, and {allowed:.1e} is allowed")
+
+    for label, ours, theirs, stock in _rows(case, found, rounded, case.stock):
+        yield over(label, relative_error(theirs, stock), ours, theirs)
+    noise = max(relative_error(*pair) for _, *pair in _logits(case, rounded, case.stock))
+    for label, ours, theirs in _logits(case, found, rounded):
+        yield over(label, noise, ours, theirs)
+        yield token_difference(label, noise, Rounding(case.stock.keys[0].dtype), ours, theirs, theirs)
+
+
+def _rows(case: Answered, *answers: Answer) -> Iterator[tuple[Any, ...]]:
+    """The K and the V of each layer, without padding: what it is called, and what each answer has."""
+    real = case.scenario.mask[:, case.scenario.start :].bool()
+    for layer in range(len(case.stock.keys)):
+        for kind, name in (("K", "keys"), ("V", "values")):
+            label = f"{kind} of layer {layer}, {case.scenario.name}"
+            yield label, *(getattr(answer, name)[layer].transpose(1, 2)[real] for answer in answers)
+
+
+def _logits(case: Answered, *answers: Answer) -> Iterator[tuple[Any, ...]]:
+    """The logits after each feed."""
+    scenario = case.scenario
+    labels = [f"logits after token {scenario.start + end}, {scenario.name}" for _, end in scenario.feeds]
+    yield from zip(labels, *(answer.logits for answer in answers), strict=True)
 
 
 def difference(label: str, noise: float, rounding: Rounding, ours: Tensor, stock: Tensor, truth: Tensor) -> Difference:

@@ -6,7 +6,9 @@ answers are compared (:mod:`fxopt.distance`).
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fxopt.distance import differences
+from fxopt.distance import Difference, Moved, differences, differences_over, moved
 from fxopt.engine import Engine, Limits
 from fxopt.lower import Lowered, lower
 from fxopt.outcome import Check
@@ -23,12 +25,14 @@ from fxopt.program import (
     CACHE_POSITION,
     INPUT_IDS,
     POSITION_IDS,
+    Facts,
+    KVShape,
     Program,
     key_name,
     value_name,
     whole_windows,
 )
-from fxopt.scenarios import Answer, Answered, Scenario, answered
+from fxopt.scenarios import Answer, Answered, Scenario, answered, answered_rounded
 from fxopt.specialise import Role
 
 SMALL_CHUNK = 16  # so that a short prompt crosses the borders of chunks
@@ -45,6 +49,8 @@ class Judge:
         self._max_len = max_len
         self._batches = (0, 0)  # of the answers that are kept; graphs are judged in the order of their batches
         self._answered: list[Answered] = []
+        self._rounded: tuple[Answer, ...] = ()  # over caches in these formats
+        self._formats: tuple[KVShape, ...] = ()
 
     def graph(self, program: Program) -> Verdict:
         """Judge a symbolic graph in eager mode, whether its cache grows already in place or not yet."""
@@ -56,7 +62,7 @@ class Judge:
             return _Static(_engine(program, {}, graph, scenario), scenario)
 
         # One sequence is enough far into the cache, and takes half of the memory.
-        return self._compare((GRAPH_BATCH, 1), fed, "the graphs, in eager mode")
+        return self._compare((GRAPH_BATCH, 1), fed, "the graphs, in eager mode", program.facts)
 
     def decode(self, symbolic: Program, decode: Program, batch: int) -> Verdict:
         """Judge a graph for single tokens beside the symbolic one it was made from, in eager mode."""
@@ -65,34 +71,54 @@ class Judge:
         def fed(scenario: Scenario) -> Fed:
             return _Static(_engine(symbolic, {1: single}, graph, scenario), scenario)
 
-        return self._compare((batch, batch), fed, "the decode graph, in eager mode")
+        return self._compare((batch, batch), fed, "the decode graph, in eager mode", decode.facts)
 
     def engine(self, engine: Engine, batch: int) -> Verdict:
         """Judge an engine as it will run, with the graphs that serve a batch of this size."""
         what = f"the compiled code, batch {batch}"
-        return self._compare((batch, batch), lambda scenario: _Static(engine, scenario), what)
+        return self._compare((batch, batch), lambda scenario: _Static(engine, scenario), what, engine.facts)
 
     @torch.no_grad()
-    def _compare(self, batches: tuple[int, int], fed: Feeder, what: str) -> Verdict:
+    def _compare(self, batches: tuple[int, int], fed: Feeder, what: str, facts: Facts) -> Verdict:
         started = time.perf_counter()
         if batches != self._batches:
             near, far = batches
-            self._answered = []
+            self._answered, self._rounded = [], ()
             cases = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
             self._answered, self._batches = list(cases), batches
+        note = self._note_on(facts) if facts.formats else ""
         found = [
             difference
-            for case in self._answered
-            for difference in differences(case, _feed(fed(case.scenario), case.scenario))
+            for number, case in enumerate(self._answered)
+            for difference in self._differences(number, _feed(fed(case.scenario), case.scenario), facts)
         ]
         worst = max(found, key=lambda difference: difference.share)
-        check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started)
+        check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started, note)
         wrong = [difference for difference in found if difference.share > 1.0]
         if not wrong:
             return check, None
         # The first is nearest to the cause: caches in the order of the layers, then logits.
         others = f" (and {len(wrong) - 1} more of {len(found)} numbers compared)" if len(wrong) > 1 else ""
         return check, wrong[0].sentence + others
+
+
+    def _differences(self, number: int, found: Answer, facts: Facts) -> Iterator[Difference]:
+        case = self._answered[number]
+        if not facts.formats:
+            return differences(case, found)
+        return differences_over(case, self._rounded[number], found)
+
+    def _note_on(self, facts: Facts) -> str:
+        """What the formats of the cache do to the stock model itself; keeps what it says with such a cache."""
+        if self._formats != facts.layers or not self._rounded:
+            self._rounded = tuple(answered_rounded(self._model, case.scenario, facts) for case in self._answered)
+            self._formats = facts.layers
+        each = (moved(case, rounded) for case, rounded in zip(self._answered, self._rounded, strict=True))
+        found = functools.reduce(Moved.__or__, each)
+        return (
+            f"beside the stock model over a cache of {' and '.join(facts.formats)}, which itself moves its rows by up "
+            f"to {found.rows:.1e} and its logits by up to {found.logits:.1e} of their length"
+        )
 
 
 class Fed(Protocol):
@@ -137,19 +163,16 @@ class _Static:
         self._engine = engine
         self._cache = engine.new_cache(scenario.tokens.shape[0])
         for layer in range(len(scenario.past.keys)):
-            buffers = self._cache.keys[layer], self._cache.values[layer]
-            for buffer, past in zip(buffers, scenario.past.of(layer), strict=True):
-                buffer[:, :, : scenario.start].copy_(past)
-        self._cache.advance(scenario.start)
+            self._cache.layers[layer].write(*scenario.past.of(layer))
 
     def feed(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         self._cache.record_mask(mask, tokens.shape[1])
         return self._engine.step(self._cache, tokens, positions, keep=1)[:, -1]
 
     def rows(self, start: int, end: int) -> tuple[list[Tensor], list[Tensor]]:
-        cache = self._cache  # its buffers are zeroed for the next user when it goes
-        keys, values = ([b[:, :, start:end].clone() for b in kind] for kind in (cache.keys, cache.values))
-        return keys, values
+        # The buffers are zeroed for the next user when the cache goes.
+        pairs = [[rows.clone() for rows in layer.read(start, end)] for layer in self._cache.layers]
+        return [key for key, _ in pairs], [value for _, value in pairs]
 
 
 class _Growing:

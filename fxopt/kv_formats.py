@@ -44,10 +44,10 @@ class KVFormat(Protocol):
         """Why rows of this width cannot be kept so."""
 
     def encode(self, run: Run, rows: Any, width: int) -> tuple[Any, ...]:
-        """One value for each part of rows [B, H, S, D]."""
+        """One value for each part of float32 rows [B, H, S, D]."""
 
-    def decode(self, run: Run, parts: Sequence[Any], width: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """The rows, as near as the parts can say."""
+    def decode(self, run: Run, parts: Sequence[Any], width: int, device: torch.device) -> Any:
+        """The rows in float32, as near as the parts can say."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,21 @@ class Eight:
         return None
 
     def encode(self, run: Run, rows: Any, width: int) -> tuple[Any, ...]:
-        wide = run(aten.to.dtype, rows, torch.float32)
-        most = run(aten.amax.default, run(aten.abs.default, wide), [-1], True)
+        most = run(aten.amax.default, run(aten.abs.default, rows), [-1], True)
         scale = _scale(run, run(aten.div.Scalar, most, self.top))
-        codes = run(aten.div.Tensor, wide, scale)
+        codes = run(aten.div.Tensor, rows, scale)
         if self.code is torch.int8:
             codes = run(aten.to.dtype, run(aten.round.default, codes), torch.int8)
         else:
             codes = run(aten.view.dtype, run(aten.to.dtype, codes, self.code), torch.uint8)
         return codes, run(aten.to.dtype, scale, torch.bfloat16)
 
-    def decode(self, run: Run, parts: Sequence[Any], width: int, dtype: torch.dtype, device: torch.device) -> Any:
+    def decode(self, run: Run, parts: Sequence[Any], width: int, device: torch.device) -> Any:
         codes, scale = parts
         if self.code is not torch.int8:
             codes = run(aten.view.dtype, codes, self.code)
         wide = (run(aten.to.dtype, part, torch.float32) for part in (codes, scale))
-        return run(aten.to.dtype, run(aten.mul.Tensor, *wide), dtype)
+        return run(aten.mul.Tensor, *wide)
 
 
 def _scale(run: Run, least: Any) -> Any:

@@ -57,6 +57,7 @@ class Check:
     allowed: float
     where: str = ""  # which of the compared numbers was nearest to its limit
     seconds: float = 0.0
+    note: str = ""  # what else should be known about it
 
 
 @dataclass

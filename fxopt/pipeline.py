@@ -49,6 +49,7 @@ class Pipeline:
         self._outcomes: dict[str, Outcome] = {}
         self._dropped: dict[str, str] = {}
         self._last_check: Check | None = None
+        self._exact: Program | None = None  # before a pass made the cache keep rows in fewer bits
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -93,6 +94,7 @@ class Pipeline:
     def run(self) -> None:
         """Apply every pass for the symbolic graph."""
         judged = self.policy.judge.graph if self.policy.judge is not None else None
+        self._exact = None
         self._begin(Outcome("capture", "capture", "the model's own code as one graph"), self.captured, judged)
         self.program = self._apply(self.captured, self._kept(Stage.SYMBOLIC), judged)
 
@@ -112,23 +114,34 @@ class Pipeline:
         self._begin(start, program, judged)
         return self._apply(program, self._kept(Stage.DECODE), judged)
 
-    def verify(self) -> Check:
+    def verify(self) -> list[Check]:
         """Judge the symbolic program; if it is wrong, go through it again pass by pass and drop what spoils it."""
-        assert self.policy.judge is not None
         if self._each and self._last_check is not None:
-            return self._last_check
-        check, complaint = judged_safely(self.policy.judge.graph, self.program)
+            return [self._last_check]
+        checks, complaint = self._judged()
         if complaint is not None:
             log.warning("%s; looking for the pass", complaint)
             self._each = True
             self.run()
-            check, complaint = judged_safely(self.policy.judge.graph, self.program)
+            checks, complaint = self._judged()
         if complaint is not None:
             raise CaptureDiffersError(
                 f"the rewritten graph differs from the stock model ({complaint}), but with no single pass added. "
                 'Use the stock model or passes="minimal", and report it.'
             )
-        return check
+        return checks
+
+    def _judged(self) -> tuple[list[Check], str | None]:
+        """The program, and before that what it was while the cache still held rows as the model computes them."""
+        assert self.policy.judge is not None
+        checks: list[Check] = []
+        for program in (self._exact, self.program):
+            if program is not None:
+                check, complaint = judged_safely(self.policy.judge.graph, program)
+                checks.append(check)
+                if complaint is not None:
+                    return checks, complaint
+        return checks, None
 
     def drop(self, culprit: Pass[Any], complaint: str) -> None:
         """Take a pass out for good, or raise if that is not allowed."""
@@ -194,6 +207,8 @@ class Pipeline:
             if noted:
                 self._insist(outcome)
             if not noted or self._is_right(rewriter, result, outcome, judged):
+                if result.facts.formats and not program.facts.formats:
+                    self._exact = program
                 program = result
         return program
 

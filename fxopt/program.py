@@ -75,13 +75,17 @@ class Rows:
 
     def encode(self, rows: Any, run: Run = call) -> tuple[Any, ...]:
         """What of ``rows`` [B, H, S, D] goes into each buffer."""
-        return (rows,) if self.format is None else self.format.encode(run, rows, self.dim)
+        if self.format is None:
+            return (rows,)
+        wide = rows if self.dtype is torch.float32 else run(torch.ops.aten.to.dtype, rows, torch.float32)
+        return self.format.encode(run, wide, self.dim)
 
     def decode(self, parts: Sequence[Any], run: Run = call) -> Any:
         """The rows that such parts stand for."""
         if self.format is None:
             return parts[0]
-        return self.format.decode(run, parts, self.dim, self.dtype, self.device)
+        wide = self.format.decode(run, parts, self.dim, self.device)
+        return wide if self.dtype is torch.float32 else run(torch.ops.aten.to.dtype, wide, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,9 @@ def _closing(report: ReportData) -> Iterator[str]:
     for check in report.checks:
         took = f", {check.seconds:.1f} s" if check.seconds else ""
         where = f" at {check.where}" if check.where else ""
-        lines.append(f"verified {check.what}: error {check.error:.1e} of {check.allowed:.1e} allowed{where}{took}")
+        note = f", {check.note}" if check.note else ""
+        error = f"error {check.error:.1e} of {check.allowed:.1e} allowed"
+        lines.append(f"verified {check.what}{note}: {error}{where}{took}")
     for name, proof in report.proofs.items():
         verdict = "no cache-sized copy" if proof.holds else "COPIES A CACHE: " + "; ".join(proof.copies)
         lines.append(f"in place, {name}: {proof.writes} cache writes, {verdict}")

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from fxopt.program import WINDOW
+from fxopt.program import WINDOW, Facts, Rows
 from fxopt.wide import WIDER, wide
 
 log = logging.getLogger("fxopt")
@@ -184,13 +184,38 @@ def _truth(model: PreTrainedModel, scenario: Scenario, stock: Answer) -> Answer 
         return None
 
 
+@torch.no_grad()
+def answered_rounded(model: PreTrainedModel, scenario: Scenario, facts: Facts) -> Answer:
+    """What the stock model says when its own cache keeps rows in the formats of ``facts``."""
+    kept = [facts.rows(layer) for layer in range(len(facts.layers))]
+    past = scenario.past
+    if past.picked is not None:
+        keys, values = zip(*map(_rounded, kept, past.keys, past.values), strict=True)
+        past = replace(past, keys=keys, values=values)
+    cache = DynamicCache()
+    for layer, rows in enumerate(kept):
+        behind = _BehindPast(past, layer) if past.picked is not None else DynamicLayer()
+        cache.layers.append(_Rounding(rows, behind))
+    return _ask(model, scenario, cache=cache)
+
+
+def _rounded(kept: tuple[Rows, Rows], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are read back."""
+    key, value = (rows.decode(rows.encode(states)) for rows, states in zip(kept, (keys, values), strict=True))
+    return key, value
+
+
 def _ask(
-    model: PreTrainedModel, scenario: Scenario, mode: contextlib.AbstractContextManager[Any] | None = None
+    model: PreTrainedModel,
+    scenario: Scenario,
+    mode: contextlib.AbstractContextManager[Any] | None = None,
+    cache: DynamicCache | None = None,
 ) -> Answer:
     """Feed a scenario to the stock model, under ``mode`` if one is given."""
-    cache = DynamicCache()
-    for layer in range(len(scenario.past.keys)):
-        cache.layers.append(_BehindPast(scenario.past, layer))
+    if cache is None:
+        cache = DynamicCache()
+        for layer in range(len(scenario.past.keys)):
+            cache.layers.append(_BehindPast(scenario.past, layer))
     known = set(inspect.signature(model.forward).parameters)
     logits = []
     with mode or contextlib.nullcontext():
@@ -229,3 +254,20 @@ class _BehindPast(DynamicLayer):
     def get_seq_length(self) -> int:
         assert self._past.picked is not None
         return len(self._past.picked) + int(self.keys.shape[2])
+
+
+class _Rounding(DynamicLayer):
+    """A layer of a cache that hands out what its formats make of each row."""
+
+    def __init__(self, kept: tuple[Rows, Rows], inner: DynamicLayer) -> None:
+        super().__init__()
+        self._kept, self._inner = kept, inner
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._inner.update(*_rounded(self._kept, key_states, value_states))
+        self.keys, self.values = self._inner.keys, self._inner.values
+        return found
+
+    def get_seq_length(self) -> int:
+        return int(self._inner.get_seq_length())

@@ -62,7 +62,7 @@ function table(caption, heads, rows) {
 
 function checksTable() {
   const rows = report.checks.map((check) => [
-    check.what,
+    check.note ? `${check.what}, ${check.note}` : check.what,
     el("span", { class: "measured" }, meter(check), `${tiny(check.error)} of ${tiny(check.allowed)}`),
     check.where,
     seconds(check.seconds),
