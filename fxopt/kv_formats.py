@@ -2,27 +2,59 @@
 
     scale = max|row| / 127        codes = round(row / scale)        row ≈ codes * scale
 
-Each row of each head has a scale of its own, so a row is written once, when its token comes, and never
-touched again. ``run`` calls an operator, or writes the call into a graph: both do the same arithmetic,
-in float32.
+Each row of each head has scales of its own, so a row is written once, when its token comes, and never
+touched again. ``run`` calls operators, or writes the calls into a graph: both do the same arithmetic,
+in float32. Shapes: B batch, H heads, S rows, D numbers of a row, G groups of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 aten = torch.ops.aten
 
 FormatName = Literal["int8", "fp8", "int4"]
-Run = Callable[..., Any]  # (operator, *arguments) -> a tensor, or the node that computes it
+
+
+class Run(Protocol):
+    """Does the arithmetic, or writes it down."""
+
+    def __call__(self, operator: Any, *arguments: Any) -> Any:
+        """A tensor, or the node that will compute it."""
+
+    def constant(self, name: str, value: Tensor) -> Any:
+        """A tensor that is the same every time."""
+
+
+class _Now:
+    """Operators on tensors."""
+
+    def __call__(self, operator: Any, *arguments: Any) -> Any:
+        return operator(*arguments)
+
+    def constant(self, name: str, value: Tensor) -> Any:
+        return value
+
+
+NOW: Run = _Now()
+
 
 LEAST_SCALE = 2.0**-100  # of a row of zeros
-GROUP = 64  # numbers that share a scale and a zero, where there is one
 _LOW = 0xFFFF  # the bits of a float32 that a bfloat16 lacks
+
+MIDDLE = 7.5  # of the codes 0 to 15: there are as many above as below
+REACH = 7.8  # codes from the middle to the largest number: cutting off a little makes all steps finer
+DROPPED = 20  # bits of a float32 that a scale in a byte lacks: all but the exponent and three behind it
+FIRST = (127 - 24) << 3  # what such a byte counts from: 2 ** -24
+SCALES = (2.0**-24, 240.0)  # that it can say
+LARGEST_TURN, LEAST_TURN = 64, 8  # numbers that are spread over each other
 
 
 @dataclass(frozen=True)
@@ -37,13 +69,17 @@ class Part:
 class KVFormat(Protocol):
     """How rows of ``width`` numbers are kept."""
 
+    @property
+    def turns(self) -> bool:
+        """Whether rows are kept turned: what decodes is to be turned once more."""
+
     def parts(self, width: int) -> tuple[Part, ...]:
         """The buffers that a row is spread over."""
 
     def obstacle(self, width: int) -> str | None:
         """Why rows of this width cannot be kept so."""
 
-    def encode(self, run: Run, rows: Any, width: int) -> tuple[Any, ...]:
+    def encode(self, run: Run, rows: Any, width: int, device: torch.device) -> tuple[Any, ...]:
         """One value for each part of float32 rows [B, H, S, D]."""
 
     def decode(self, run: Run, parts: Sequence[Any], width: int, device: torch.device) -> Any:
@@ -56,6 +92,7 @@ class Eight:
 
     code: torch.dtype
     top: float  # the largest code
+    turns: bool = False
 
     def parts(self, width: int) -> tuple[Part, ...]:
         # Eager copies know integers, but not float8: its bits lie in bytes.
@@ -65,7 +102,7 @@ class Eight:
     def obstacle(self, width: int) -> str | None:
         return None
 
-    def encode(self, run: Run, rows: Any, width: int) -> tuple[Any, ...]:
+    def encode(self, run: Run, rows: Any, width: int, device: torch.device) -> tuple[Any, ...]:
         most = run(aten.amax.default, run(aten.abs.default, rows), [-1], True)
         scale = _scale(run, run(aten.div.Scalar, most, self.top))
         codes = run(aten.div.Tensor, rows, scale)
@@ -83,6 +120,74 @@ class Eight:
         return run(aten.mul.Tensor, *wide)
 
 
+@dataclass(frozen=True)
+class Four:
+    """Half a byte for each number, a byte of scale for each group, of rows that are turned first.
+
+    A few of the numbers of a key are large, and with one of them in a group little is left of the others. An
+    orthogonal matrix spreads them over the row; turned alike, queries and keys have the products that they had.
+    """
+
+    group: int
+    turns: bool = True
+
+    def parts(self, width: int) -> tuple[Part, ...]:
+        return Part("", torch.uint8, width // 2), Part("scale", torch.uint8, width // math.gcd(width, self.group))
+
+    def obstacle(self, width: int) -> str | None:
+        if math.gcd(width, LARGEST_TURN) >= LEAST_TURN:
+            return None
+        return f"its rows have {width} numbers, which is no multiple of {LEAST_TURN}; use int8"
+
+    def encode(self, run: Run, rows: Any, width: int, device: torch.device) -> tuple[Any, ...]:
+        parts = width // math.gcd(width, self.group)
+        grouped = run(aten.unflatten.int, turned(run, rows, width, device), -1, [parts, width // parts])
+        most = run(aten.amax.default, run(aten.abs.default, grouped), [-1], True)  # [B, H, S, G, 1]
+        least = run(aten.clamp.default, run(aten.div.Scalar, most, REACH), *SCALES)
+        bits = run(aten.add.Scalar, run(aten.view.dtype, least, torch.int32), 1 << (DROPPED - 1))
+        kept = run(aten.bitwise_right_shift.Tensor_Scalar, bits, DROPPED)  # the exponent and three bits behind it
+        scale = run(aten.view.dtype, run(aten.bitwise_left_shift.Tensor_Scalar, kept, DROPPED), torch.float32)
+        shifted = run(aten.add.Scalar, run(aten.div.Tensor, grouped, scale), MIDDLE)
+        codes = run(aten.clamp.default, run(aten.round.default, shifted), 0, 2 * MIDDLE)
+        flat = run(aten.flatten.using_ints, run(aten.to.dtype, codes, torch.uint8), -2, -1)
+        low = run(aten.slice.Tensor, flat, -1, 0, width // 2)
+        high = run(aten.mul.Scalar, run(aten.slice.Tensor, flat, -1, width // 2, width), 16)
+        byte = run(aten.to.dtype, run(aten.sub.Scalar, kept, FIRST), torch.uint8)
+        return run(aten.add.Tensor, low, high), run(aten.squeeze.dim, byte, -1)
+
+    def decode(self, run: Run, parts: Sequence[Any], width: int, device: torch.device) -> Any:
+        packed, byte = parts
+        groups = width // math.gcd(width, self.group)
+        places = run.constant("kv_nibbles", torch.tensor([[0], [4]], dtype=torch.uint8, device=device))
+        both = run(aten.bitwise_right_shift.Tensor, run(aten.unsqueeze.default, packed, -2), places)
+        codes = run(aten.flatten.using_ints, run(aten.bitwise_and.Scalar, both, 15), -2, -1)
+        wide = run(aten.sub.Scalar, run(aten.to.dtype, codes, torch.float32), MIDDLE)
+        kept = run(aten.add.Scalar, run(aten.to.dtype, byte, torch.int32), FIRST)
+        scale = run(aten.view.dtype, run(aten.bitwise_left_shift.Tensor_Scalar, kept, DROPPED), torch.float32)
+        grouped = run(aten.unflatten.int, wide, -1, [groups, width // groups])
+        rows = run(aten.mul.Tensor, grouped, run(aten.unsqueeze.default, scale, -1))
+        return run(aten.flatten.using_ints, rows, -2, -1)
+
+
+def turned(run: Run, rows: Any, width: int, device: torch.device) -> Any:
+    """Float32 rows times a matrix of Hadamard's, block by block; doing it twice leaves them as they were."""
+    size = math.gcd(width, LARGEST_TURN)
+    matrix = run.constant(f"kv_turn_{size}", hadamard(size).to(device))
+    if size == width:
+        return run(aten.matmul.default, rows, matrix)
+    blocks = run(aten.unflatten.int, rows, -1, [width // size, size])
+    return run(aten.flatten.using_ints, run(aten.matmul.default, blocks, matrix), -2, -1)
+
+
+@functools.cache
+def hadamard(size: int) -> Tensor:
+    """The orthogonal matrix [size, size] of one number with two signs; ``size`` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
 def _scale(run: Run, least: Any) -> Any:
     """The next scale from ``least`` up that bfloat16 has, in float32.
 
@@ -94,12 +199,9 @@ def _scale(run: Run, least: Any) -> Any:
     return run(aten.view.dtype, rounded, torch.float32)
 
 
-def call(operator: Any, *arguments: Any, **options: Any) -> Any:
-    """``run`` for tensors."""
-    return operator(*arguments, **options)
-
-
-FORMATS: dict[FormatName, KVFormat] = {
-    "int8": Eight(torch.int8, 127.0),
-    "fp8": Eight(torch.float8_e4m3fn, 448.0),
+#: For K and for V: of keys a little more is kept, since softmax makes much of their errors.
+FORMATS: dict[FormatName, tuple[KVFormat, KVFormat]] = {
+    "int8": (Eight(torch.int8, 127.0), Eight(torch.int8, 127.0)),
+    "fp8": (Eight(torch.float8_e4m3fn, 448.0), Eight(torch.float8_e4m3fn, 448.0)),
+    "int4": (Four(16), Four(32)),
 }

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fxopt.kv_formats import FORMATS, FormatName, KVFormat, Part, Run, call
+from fxopt.kv_formats import FORMATS, NOW, FormatName, KVFormat, Part, Run, turned
 
 INPUT_IDS = "input_ids"  # [B, S]
 ATTENTION_MASK = "attention_mask"  # [B, N], 1 where a row of the cache may be attended to
@@ -73,19 +73,28 @@ class Rows:
         names = (f"{self.name}_{part.suffix}" if part.suffix else self.name for part in parts)
         return tuple(Buffer(name, self.heads, p.width, p.dtype) for name, p in zip(names, parts, strict=True))
 
-    def encode(self, rows: Any, run: Run = call) -> tuple[Any, ...]:
+    def encode(self, rows: Any, run: Run = NOW) -> tuple[Any, ...]:
         """What of ``rows`` [B, H, S, D] goes into each buffer."""
         if self.format is None:
             return (rows,)
         wide = rows if self.dtype is torch.float32 else run(torch.ops.aten.to.dtype, rows, torch.float32)
-        return self.format.encode(run, wide, self.dim)
+        return self.format.encode(run, wide, self.dim, self.device)
 
-    def decode(self, parts: Sequence[Any], run: Run = call) -> Any:
-        """The rows that such parts stand for."""
+    def decode(self, parts: Sequence[Any], run: Run = NOW, *, turned_back: bool = True) -> Any:
+        """The rows that such parts stand for; turned as they are kept, if nobody turns them back."""
         if self.format is None:
             return parts[0]
         wide = self.format.decode(run, parts, self.dim, self.device)
+        if self.format.turns and turned_back:
+            wide = turned(run, wide, self.dim, self.device)
         return wide if self.dtype is torch.float32 else run(torch.ops.aten.to.dtype, wide, self.dtype)
+
+    def turned(self, rows: Any, run: Run = NOW) -> Any:
+        """Rows [..., D] of the model's own dtype, turned as a format that turns keeps them."""
+        cast = torch.ops.aten.to.dtype
+        wide = rows if self.dtype is torch.float32 else run(cast, rows, torch.float32)
+        made = turned(run, wide, self.dim, self.device)
+        return made if self.dtype is torch.float32 else run(cast, made, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,8 @@ class Facts:
     def rows(self, layer: int) -> tuple[Rows, Rows]:
         """How the K and the V of a layer are kept."""
         one = self.layers[layer]
-        key, value = (FORMATS[name] if name else None for name in (one.key_format, one.value_format))
+        key = FORMATS[one.key_format][0] if one.key_format else None
+        value = FORMATS[one.value_format][1] if one.value_format else None
         return (
             Rows(key_name(layer), one.key_heads, one.key_dim, self.dtype, self.device, key),
             Rows(value_name(layer), one.value_heads, one.value_dim, self.dtype, self.device, value),

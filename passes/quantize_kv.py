@@ -18,15 +18,16 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from fxopt.attention import RowWrite
+from fxopt.attention import Attention, RowWrite, consumers
 from fxopt.errors import InvalidRequestError
-from fxopt.kv_formats import FORMATS, FormatName
+from fxopt.kv_formats import FORMATS, FormatName, KVFormat
 from fxopt.lengths import ROWS
 from fxopt.program import CACHE_POSITION, Facts, Program, Rows
 from fxopt.rewrite import Pass
-from fxopt.views import Miss, arguments
+from fxopt.views import Miss, arguments, swap_argument
 
 aten = torch.ops.aten
 
@@ -82,30 +83,33 @@ class QuantizeKV(Pass[PlainRows]):
         buffer = site.write.buffer
         if others := [user for user in buffer.users if user is not site.node and user.target is not aten.sym_size.int]:
             return f"{buffer} is also read by {', '.join(map(str, others))}, which would find codes there"
-        why = FORMATS[self.kv_dtype].obstacle(site.rows.dim)
+        why = self._format(site).obstacle(site.rows.dim)
         return None if why is None else f"{buffer} cannot be kept as {self.kv_dtype}: {why}"
 
     def rewrite(self, program: Program, site: PlainRows) -> None:
-        rows = replace(site.rows, format=FORMATS[self.kv_dtype])
+        graph, run = program.graph, Written(program)
+        rows = replace(site.rows, format=self._format(site))
+        turn = Turn.of(site) if self._format(site).turns else None
         program.facts = self._noted(program.facts, site)
         buffers = _inputs(program, site.write.buffer, rows)
         position = program.placeholders()[CACHE_POSITION]
-
-        def run(operator: Any, *args: Any, **options: Any) -> Node:
-            return program.graph.call_function(operator, args, options)
-
-        with program.graph.inserting_before(site.node):
+        with graph.inserting_before(site.node):
             parts = zip(buffers, rows.encode(site.write.new, run), strict=True)
             writes = [run(aten.index_copy_.default, buffer, ROWS, position, part) for buffer, part in parts]
         for window in site.windows:
-            with program.graph.inserting_before(window):
+            with graph.inserting_before(window):
                 seen = [run(aten.slice.Tensor, write, *window.args[1:]) for write in writes]
-                window.replace_all_uses_with(rows.decode(seen, run))
-            program.graph.erase_node(window)
+                window.replace_all_uses_with(rows.decode(seen, run, turned_back=turn is None))
+            graph.erase_node(window)
         if site.node.users:
-            with program.graph.inserting_before(site.node):
-                site.node.replace_all_uses_with(rows.decode(writes, run))
-        program.graph.erase_node(site.node)
+            with graph.inserting_before(site.node):
+                site.node.replace_all_uses_with(rows.decode(writes, run, turned_back=turn is None))
+        graph.erase_node(site.node)
+        if turn is not None:
+            turn.write(program, rows, run)
+
+    def _format(self, site: PlainRows) -> KVFormat:
+        return FORMATS[self.kv_dtype][0 if site.is_key else 1]
 
     def _noted(self, facts: Facts, site: PlainRows) -> Facts:
         """The same with the format of this K or V."""
@@ -113,6 +117,55 @@ class QuantizeKV(Pass[PlainRows]):
         kind = "key_format" if site.is_key else "value_format"
         layers[site.layer] = replace(layers[site.layer], **{kind: self.kv_dtype})
         return replace(facts, layers=tuple(layers))
+
+
+@dataclass(frozen=True)
+class Written:
+    """Writes the arithmetic of a format into a graph."""
+
+    program: Program
+
+    def __call__(self, operator: Any, *arguments: Any) -> Node:
+        return self.program.graph.call_function(operator, arguments)
+
+    def constant(self, name: str, value: Tensor) -> Node:
+        if not hasattr(self.program.gm, name):
+            self.program.gm.register_buffer(name, value)
+        return self.program.graph.get_attr(name)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where rows that are kept turned are made up for: not in all of the window, but in what meets it.
+
+    A query that is turned has the same products with turned keys, and a sum of turned values is turned as a whole.
+    """
+
+    reader: Node  # the one op that computes with the rows
+    query: Node | None  # that meets the keys; None: the rows are values, and the result is turned
+
+    @classmethod
+    def of(cls, site: PlainRows) -> Turn | None:
+        found = consumers(site.node)
+        if len(found) != 1:
+            return None
+        [(reader, operand)] = found
+        attention = Attention.of(reader)
+        if attention is not None and (attention.key if site.is_key else attention.value) is operand:
+            return cls(reader, attention.query if site.is_key else None)
+        return None
+
+    def write(self, program: Program, rows: Rows, run: Written) -> None:
+        graph = program.graph
+        if self.query is not None:
+            with graph.inserting_before(self.reader):
+                swap_argument(self.reader, self.query, rows.turned(self.query, run))
+            return
+        users = list(self.reader.users)
+        with graph.inserting_before(self.reader.next):
+            result = rows.turned(self.reader, run)
+        for user in users:
+            swap_argument(user, self.reader, result)
 
 
 def _inputs(program: Program, codes: Node, rows: Rows) -> list[Node]:
