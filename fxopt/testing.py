@@ -78,12 +78,12 @@ def check_pass(
 
 
 def graph_of(model: Model, passes: Iterable[Pass[Any]] | None = None, *, stage: Stage = Stage.SYMBOLIC) -> Program:
-    """The graph of a model behind some passes, by default behind all the built-in ones up to a stage.
+    """The graph of a model behind some passes, by default behind those that ``optimize`` applies up to a stage.
 
     It is shared by all who ask for the same: look at it, and edit a ``copy()``.
     """
     if passes is None:
-        passes = [kind() for kind in PASSES if kind.stage in (Stage.SYMBOLIC, stage)]
+        passes = [kind() for kind in PASSES if kind.by_default and kind.stage in (Stage.SYMBOLIC, stage)]
     return _graph(model, tuple(passes), stage)
 
 
@@ -114,8 +114,8 @@ def _name(model: Model) -> str:
 
 
 def _in_front(rewriter: Pass[Any]) -> tuple[Pass[Any], ...]:
-    """The built-in passes behind which this one goes."""
-    built_in = {kind.name: kind for kind in PASSES}
+    """The built-in passes behind which this one goes, of those that are applied by default."""
+    built_in = {kind.name: kind for kind in PASSES if kind.by_default}
     if rewriter.after is not None and rewriter.after not in built_in:
         raise InvalidRequestError(
             f"{rewriter.name} goes behind {rewriter.after}, which is not built in; list what goes in front in before="

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.attention import Attention, RowWrite, consumers
+from fxopt.attention import MATMULS, Attention, RowWrite, consumers
 from fxopt.errors import InvalidRequestError
 from fxopt.kv_formats import FORMATS, FormatName, KVFormat
 from fxopt.lengths import ROWS
 from fxopt.program import CACHE_POSITION, Facts, Program, Rows
 from fxopt.rewrite import Pass
-from fxopt.views import Miss, arguments, swap_argument
+from fxopt.views import Miss, arguments, shape, swap_argument
 
 aten = torch.ops.aten
 
@@ -150,10 +150,18 @@ class Turn:
         if len(found) != 1:
             return None
         [(reader, operand)] = found
-        attention = Attention.of(reader)
-        if attention is not None and (attention.key if site.is_key else attention.value) is operand:
-            return cls(reader, attention.query if site.is_key else None)
-        return None
+        attention, width = Attention.of(reader), site.rows.dim
+        if attention is not None:
+            met = attention.key if site.is_key else attention.value
+            return cls(reader, attention.query if site.is_key else None) if met is operand else None
+        first = MATMULS.get(reader.target)
+        if first is None or reader.args[first + 1] is not operand:
+            return None
+        left = reader.args[first]
+        assert isinstance(left, Node)
+        if site.is_key:
+            return cls(reader, left) if shape(left)[-1] == width else None
+        return cls(reader, None) if shape(reader)[-1] == width else None
 
     def write(self, program: Program, rows: Rows, run: Written) -> None:
         graph = program.graph

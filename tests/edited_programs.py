@@ -59,7 +59,7 @@ def decode(batch: int = 1, backend: str = "inductor") -> Program:
     """The graph of one new token, as the decode passes get it."""
     program = captured()
     for kind in PASSES[1:]:
-        if kind.stage is Stage.SYMBOLIC:
+        if kind.stage is Stage.SYMBOLIC and kind.by_default:
             program, _ = apply(kind(), program)
     program = specialise(program, Role("decode", batch, longest_step=1))
     return dataclasses.replace(program, facts=dataclasses.replace(program.facts, backend=backend))

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, Pass[Any], str]] = {
 
 def selection(broken: Pass[Any]) -> list[Any]:
     """Every pass, with the broken one in its place or beside them."""
-    return [*(kind for kind in PASSES if kind.name != broken.name), broken]
+    return [*(kind for kind in PASSES if kind.by_default and kind.name != broken.name), broken]
 
 
 def tokens(model: Any) -> list[list[int]]:

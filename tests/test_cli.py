@@ -87,7 +87,7 @@ def test_a_pass_that_is_off_by_default_has_a_flag_to_add_it() -> None:
         add_passes(parser)
         return {one.name for one in selection(parser.parse_args(flags))}
 
-    assert set(_names()) - chosen() == {"plan_memory"}
+    assert set(_names()) - chosen() == {"plan_memory", "quantize_kv"}
     assert chosen("--plan-memory") == set(_names())
     assert chosen("--plan-memory", "--no-rotary") == set(_names()) - {"rotary"}
     assert "plan_memory" in chosen("--passes", "minimal", "--plan-memory")
@@ -207,7 +207,7 @@ def test_generate_with_a_report(folder: Path, answer: str, capsys: pytest.Captur
     assert "LlamaForCausalLM, max_len 32, backend eager" in printed.err
     assert "verified the graphs" in printed.err
     first_words = {line.split()[0] for line in printed.err.splitlines() if line.strip()}
-    assert set(_names()) - first_words == {"fuse_qkv", "plan_memory"}
+    assert set(_names()) - first_words == {"fuse_qkv", "plan_memory", "quantize_kv"}
 
 
 @pytest.mark.parametrize("passes", ["minimal", "fuse_gate_up"])

@@ -33,9 +33,9 @@ def blocks() -> dict[str, str]:
     for kind in PASSES:
         if kind.stage is not Stage.SYMBOLIC:
             continue
-        before = program
-        program, _ = apply(kind(), program)
-        texts[kind.name] = _changes(before, program)
+        after, _ = apply(kind(), program)
+        texts[kind.name] = _changes(program, after)
+        program = after if kind.by_default else program
     program = specialise(program, Role("decode", 1, longest_step=1))
     for kind in PASSES:
         if kind.stage is Stage.DECODE:

@@ -27,6 +27,10 @@ RUNS = {
         ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],
         "stock eager",
     ),
+    "kv_perplexity.py": (
+        ["--model", TINY, "--tokens", "256", "--window", "128", "--new", "8"],
+        "int4",
+    ),
     "cold_start.py": (["--layers", "2", "4", "--backend", "eager"], "of the time of the first"),
     "decode_loop.py": (
         ["--tiny", "--backend", "eager", "--max-len", "64", "--prompt", "8", "--new", "4", "--rounds", "1"],

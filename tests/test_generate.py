@@ -194,7 +194,7 @@ def test_live_caches_never_share_and_buffers_come_back(fast: Any, tokens: Tensor
 def test_what_a_cache_left_behind_is_not_seen(stock: PreTrainedModel, fast: Any, tokens: Tensor) -> None:
     """A generation that filled its buffers with NaN does no harm to the next one in the same buffers."""
     cache = fast.fxopt.engine.new_cache(2)
-    for buffer in (*cache.buffers.keys, *cache.buffers.values):
+    for buffer in cache.buffers.tensors.values():
         buffer.fill_(float("nan"))
     del buffer, cache
     gc.collect()

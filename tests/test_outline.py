@@ -14,7 +14,7 @@ from fxopt.families import VOCABULARY, tiny
 from fxopt.lower import lower
 from fxopt.outline import outline, pieces
 from fxopt.pipeline import Pipeline, Policy
-from fxopt.program import Program, key_name, value_name
+from fxopt.program import Program
 from fxopt.request import Request
 from fxopt.specialise import Role, specialise
 
@@ -80,7 +80,7 @@ def run(program: Program, role: Role, *, layered: bool) -> list[torch.Tensor]:
     batch, step, filled = role.batch or 3, min(5, role.longest_step), 40
     generator = torch.Generator().manual_seed(1)
     buffers = BufferSet(program.facts, batch)
-    for tensor in (*buffers.keys, *buffers.values):
+    for tensor in buffers.tensors.values():
         tensor[:, :, : filled - step].normal_(generator=generator)
     buffers.mask[:, :filled] = 1
     rows = torch.arange(filled - step, filled)
@@ -91,8 +91,7 @@ def run(program: Program, role: Role, *, layered: bool) -> list[torch.Tensor]:
         "cache_position": rows,
         "logit_positions": torch.arange(step) if role.all_logits else torch.tensor([step - 1]),
     }
-    for layer, (key, value) in enumerate(zip(buffers.keys, buffers.values, strict=True)):
-        tensors[key_name(layer)], tensors[value_name(layer)] = key, value
+    tensors |= buffers.tensors
     with torch.no_grad():
         logits = lower(program, "aot_eager", layered=layered)(tensors)
-    return [logits, *buffers.keys, *buffers.values]
+    return [logits, *buffers.tensors.values()]

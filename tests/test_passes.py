@@ -16,7 +16,7 @@ from fxopt.specialise import Role, specialise
 from fxopt.testing import check_pass, graph_of
 
 GOLDEN = Path(__file__).parent / "golden"
-SYMBOLIC = [kind for kind in PASSES if kind.stage is Stage.SYMBOLIC]
+SYMBOLIC = [kind for kind in PASSES if kind.stage is Stage.SYMBOLIC and kind.by_default]
 BY_NAME = {kind.name: kind for kind in PASSES}
 
 #: name -> (matched on llama, how many more or less of an operator)
@@ -29,6 +29,7 @@ LLAMA = {
     "fuse_gate_up": (2, {"aten.linear.default": -2, "aten.split_with_sizes.default": 2}),
     "rotary": (4, {"aten.cat.default": -3, "aten.neg.default": -3, "aten.flip.default": 4}),
     "last_logits": (1, {"aten.index_select.default": 1}),
+    "quantize_kv": (4, {"aten.index_copy_.default": 4, "aten.amax.default": 4, "aten.slice.Tensor": 4}),
     "decode_attention": (2, {"aten.scaled_dot_product_attention.default": -2, "aten.softmax.int": 2}),
     "matvec": (9, {"aten.linear.default": -9}),
 }

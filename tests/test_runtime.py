@@ -60,7 +60,7 @@ def pool_bytes(fast: Any, size: int) -> int:
 
 def test_the_bytes_that_are_counted_are_those_allocated(fast: Any) -> None:
     buffers = caches.BufferSet(fast.fxopt.engine.facts, 3)
-    assert buffers.nbytes == sum(tensor.nbytes for tensor in (*buffers.keys, *buffers.values, buffers.mask))
+    assert buffers.nbytes == sum(tensor.nbytes for tensor in (*buffers.tensors.values(), buffers.mask))
 
 
 def test_more_caches_than_allowed(stock: PreTrainedModel) -> None:

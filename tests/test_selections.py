@@ -66,8 +66,9 @@ def without(*left_out: str) -> list[str]:
         ([Mine], [*REQUIRED, "mine"]),
         ((name for name in NAMES), NAMES),
         (PASSES, EVERY),
-        ({"plan_memory": True}, EVERY),
-        ({"plan_memory": {}, "rotary": False}, [name for name in EVERY if name != "rotary"]),
+        ({"plan_memory": True, "quantize_kv": True}, EVERY),
+        ({"plan_memory": {}, "rotary": False}, [*without("rotary"), "plan_memory"]),
+        ({"quantize_kv": {"kv_dtype": "int4"}}, [name for name in EVERY if name != "plan_memory"]),
         ({"plan_memory": False}, NAMES),
     ],
 )
