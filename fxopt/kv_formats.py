@@ -130,7 +130,8 @@ class Four:
     turns: bool = True
 
     def parts(self, width: int) -> tuple[Part, ...]:
-        return Part("", torch.uint8, width // 2), Part("scale", torch.uint8, width // math.gcd(width, self.group))
+        halves, groups, _ = self._inner(width)
+        return Part("", torch.uint8, width // 2), Part("scale", torch.uint8, halves * groups)
 
     def obstacle(self, width: int) -> str | None:
         if math.gcd(width, LARGEST_TURN) >= LEAST_TURN:
@@ -138,33 +139,36 @@ class Four:
         return f"its rows have {width} numbers, which is no multiple of {LEAST_TURN}; use int8"
 
     def encode(self, run: Run, rows: Any, width: int, device: torch.device) -> tuple[Any, ...]:
-        parts = width // math.gcd(width, self.group)
-        grouped = run(aten.unflatten.int, turned(run, rows, width, device), -1, [parts, width // parts])
-        most = run(aten.amax.default, run(aten.abs.default, grouped), [-1], True)  # [B, H, S, G, 1]
+        grouped = run(aten.unflatten.int, turned(run, rows, width, device), -1, self._inner(width))
+        most = run(aten.amax.default, run(aten.abs.default, grouped), [-1], True)  # [B, H, S, 2, G, 1]
         least = run(aten.clamp.default, run(aten.div.Scalar, most, REACH), *SCALES)
         bits = run(aten.add.Scalar, run(aten.view.dtype, least, torch.int32), 1 << (DROPPED - 1))
         kept = run(aten.bitwise_right_shift.Tensor_Scalar, bits, DROPPED)  # the exponent and three bits behind it
         scale = run(aten.view.dtype, run(aten.bitwise_left_shift.Tensor_Scalar, kept, DROPPED), torch.float32)
         shifted = run(aten.add.Scalar, run(aten.div.Tensor, grouped, scale), MIDDLE)
         codes = run(aten.clamp.default, run(aten.round.default, shifted), 0, 2 * MIDDLE)
-        flat = run(aten.flatten.using_ints, run(aten.to.dtype, codes, torch.uint8), -2, -1)
-        low = run(aten.slice.Tensor, flat, -1, 0, width // 2)
-        high = run(aten.mul.Scalar, run(aten.slice.Tensor, flat, -1, width // 2, width), 16)
+        codes = run(aten.to.dtype, codes, torch.uint8)
+        low, high = (run(aten.select.int, codes, -3, half) for half in (0, 1))
+        packed = run(aten.add.Tensor, low, run(aten.mul.Scalar, high, 16))
         byte = run(aten.to.dtype, run(aten.sub.Scalar, kept, FIRST), torch.uint8)
-        return run(aten.add.Tensor, low, high), run(aten.squeeze.dim, byte, -1)
+        return run(aten.flatten.using_ints, packed, -2, -1), run(aten.flatten.using_ints, byte, -3, -1)
 
     def decode(self, run: Run, parts: Sequence[Any], width: int, device: torch.device) -> Any:
         packed, byte = parts
-        groups = width // math.gcd(width, self.group)
-        places = run.constant("kv_nibbles", torch.tensor([[0], [4]], dtype=torch.uint8, device=device))
-        both = run(aten.bitwise_right_shift.Tensor, run(aten.unsqueeze.default, packed, -2), places)
-        codes = run(aten.flatten.using_ints, run(aten.bitwise_and.Scalar, both, 15), -2, -1)
-        wide = run(aten.sub.Scalar, run(aten.to.dtype, codes, torch.float32), MIDDLE)
+        halves, groups, members = self._inner(width)
+        places = run.constant("kv_nibbles", torch.tensor([0, 4], dtype=torch.uint8, device=device).view(2, 1, 1))
+        bytes_once = run(aten.unsqueeze.default, run(aten.unflatten.int, packed, -1, [groups, members]), -3)
+        codes = run(aten.bitwise_and.Scalar, run(aten.bitwise_right_shift.Tensor, bytes_once, places), 15)
+        wide = run(aten.sub.Scalar, run(aten.to.dtype, codes, torch.float32), MIDDLE)  # [B, H, S, 2, G, W]
         kept = run(aten.add.Scalar, run(aten.to.dtype, byte, torch.int32), FIRST)
         scale = run(aten.view.dtype, run(aten.bitwise_left_shift.Tensor_Scalar, kept, DROPPED), torch.float32)
-        grouped = run(aten.unflatten.int, wide, -1, [groups, width // groups])
-        rows = run(aten.mul.Tensor, grouped, run(aten.unsqueeze.default, scale, -1))
-        return run(aten.flatten.using_ints, rows, -2, -1)
+        scale = run(aten.unsqueeze.default, run(aten.unflatten.int, scale, -1, [halves, groups]), -1)
+        return run(aten.flatten.using_ints, run(aten.mul.Tensor, wide, scale), -3, -1)
+
+    def _inner(self, width: int) -> list[int]:
+        """The halves of a row, the groups of a half, the numbers of a group. A byte holds one number of each half."""
+        members = math.gcd(width // 2, self.group)
+        return [2, width // 2 // members, members]
 
 
 def turned(run: Run, rows: Any, width: int, device: torch.device) -> Any:

@@ -21,7 +21,7 @@ from fxopt.attention import Attention
 from fxopt.program import INPUT_IDS, Program
 from fxopt.rewrite import Pass, Stage
 from fxopt.sums import stored, wide
-from fxopt.views import shape
+from fxopt.views import arguments, shape
 
 aten = torch.ops.aten
 
@@ -54,24 +54,44 @@ class DecodeAttention(Pass[Attention]):
         groups, width = heads // kept, int(shape(site.query)[3])
         with graph.inserting_before(site.node):
             batch = _batch(program, site.query)
-            query = stored(graph, site.query, [batch, kept, groups, 1, width])
-            key = graph.call_function(aten.unsqueeze.default, (site.key, 2))
-            value = graph.call_function(aten.unsqueeze.default, (site.value, 2))
+            (keys, inner), (values, of_value) = _unflattened(site.key), _unflattened(site.value)
+            query = stored(graph, site.query, [batch, kept, groups, 1, *inner])
+            key = graph.call_function(aten.unsqueeze.default, (keys, 2))
+            value = graph.call_function(aten.unsqueeze.default, (values, 2))
             product = graph.call_function(aten.mul.Tensor, (wide(graph, query), wide(graph, key)))
-            scores = graph.call_function(aten.sum.dim_IntList, (product, [-1]))
+            scores = graph.call_function(aten.sum.dim_IntList, (product, list(range(-len(inner), 0))))
             scale = site.scale if site.scale is not None else width**-0.5
             scores = graph.call_function(aten.mul.Tensor, (scores, scale))
             if site.mask is not None:
                 scores = _masked(graph, scores, site.mask, kept, groups)
             weights = graph.call_function(aten.softmax.int, (scores, -1))
-            spread = graph.call_function(aten.unsqueeze.default, (weights, -1))
+            spread = weights
+            for _ in of_value:
+                spread = graph.call_function(aten.unsqueeze.default, (spread, -1))
             weighted = graph.call_function(aten.mul.Tensor, (spread, wide(graph, value)))
-            total = graph.call_function(aten.sum.dim_IntList, (weighted, [-2]))
+            total = graph.call_function(aten.sum.dim_IntList, (weighted, [-1 - len(of_value)]))
+            if len(of_value) > 1:
+                total = graph.call_function(aten.flatten.using_ints, (total, -len(of_value), -1))
             flat = graph.call_function(aten.flatten.using_ints, (total, 1, 2))
             result = graph.call_function(aten.unsqueeze.default, (flat, 2))
             result = graph.call_function(aten.to.dtype, (result, site.node.meta["val"].dtype))
         site.node.replace_all_uses_with(result)
         graph.erase_node(site.node)
+
+
+def _unflattened(rows: Node) -> tuple[Node, list[int]]:
+    """Rows [B, H, N, ...] before the sizes of a row were made one, and those sizes.
+
+    Rows that are unpacked have several, and a loop over each of them is quicker than one that divides.
+    """
+    node = rows
+    if node.target is aten.to.dtype:  # made wide anyway
+        node = node.all_input_nodes[0]
+    if node.target is aten.flatten.using_ints:
+        source, values = node.all_input_nodes[0], arguments(node)
+        if values["start_dim"] == 3 - len(shape(source)) and values["end_dim"] == -1:
+            return source, [int(size) for size in shape(source)[3:]]
+    return rows, [int(shape(rows)[3])]
 
 
 def _batch(program: Program, query: Node) -> Node | int:
