@@ -101,7 +101,6 @@ class Judge:
         others = f" (and {len(wrong) - 1} more of {len(found)} numbers compared)" if len(wrong) > 1 else ""
         return check, wrong[0].sentence + others
 
-
     def _differences(self, number: int, found: Answer, facts: Facts) -> Iterator[Difference]:
         case = self._answered[number]
         if not facts.formats:

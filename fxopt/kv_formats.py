@@ -187,7 +187,8 @@ def hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    orthogonal: Tensor = matrix / size**0.5
+    return orthogonal
 
 
 def _from_float8(run: Run, codes: Any) -> Any:

@@ -114,8 +114,9 @@ class QuantizeKV(Pass[PlainRows]):
     def _noted(self, facts: Facts, site: PlainRows) -> Facts:
         """The same with the format of this K or V."""
         layers = list(facts.layers)
-        kind = "key_format" if site.is_key else "value_format"
-        layers[site.layer] = replace(layers[site.layer], **{kind: self.kv_dtype})
+        one = layers[site.layer]
+        of_key = replace(one, key_format=self.kv_dtype)
+        layers[site.layer] = of_key if site.is_key else replace(one, value_format=self.kv_dtype)
         return replace(facts, layers=tuple(layers))
 
 

@@ -277,7 +277,7 @@ def test_drafts_are_taken_back(name: FormatName) -> None:
 Edit = Callable[[Any], None]
 EDITS: dict[str, tuple[Edit, int]] = {
     "repeated and selected": (
-        lambda cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices(torch.tensor([3, 0, 1]))),  # type: ignore[dict-item,return-value]
+        lambda cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices(torch.tensor([3, 0, 1]))),  # type: ignore[dict-item]
         3,
     ),
     "reordered": (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), 2),
