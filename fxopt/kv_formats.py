@@ -50,7 +50,8 @@ LEAST_SCALE = 2.0**-100  # of a row of zeros
 _LOW = 0xFFFF  # the bits of a float32 that a bfloat16 lacks
 
 MIDDLE = 7.5  # of the codes 0 to 15: there are as many above as below
-REACH = 7.8  # codes from the middle to the largest number: cutting off a little makes all steps finer
+REACH = 7.65  # codes from the middle to the largest number: cutting off a little makes all steps finer
+SHARES = 16  # of the row's scale, of which each group has a whole number
 DROPPED = 20  # bits of a float32 that a scale in a byte lacks: all but the exponent and three behind it
 FIRST = (127 - 24) << 3  # what such a byte counts from: 2 ** -24
 SCALES = (2.0**-24, 240.0)  # that it can say
@@ -120,7 +121,7 @@ class Eight:
 
 @dataclass(frozen=True)
 class Four:
-    """Half a byte for each number, a byte of scale for each group, of rows that are turned first.
+    """Half a byte for each number and each group's scale, a byte for the row's, of rows that are turned first.
 
     A few of the numbers of a key are large, and with one of them in a group little is left of the others. An
     orthogonal matrix spreads them over the row; turned alike, queries and keys have the products that they had.
@@ -130,8 +131,9 @@ class Four:
     turns: bool = True
 
     def parts(self, width: int) -> tuple[Part, ...]:
-        halves, groups, _ = self._inner(width)
-        return Part("", torch.uint8, width // 2), Part("scale", torch.uint8, halves * groups)
+        _, groups, members = self._inner(width)
+        codes = Part("", torch.uint8, groups * members)
+        return codes, Part("share", torch.uint8, groups), Part("scale", torch.uint8, 1)
 
     def obstacle(self, width: int) -> str | None:
         if math.gcd(width, LARGEST_TURN) >= LEAST_TURN:
@@ -140,35 +142,52 @@ class Four:
 
     def encode(self, run: Run, rows: Any, width: int, device: torch.device) -> tuple[Any, ...]:
         grouped = run(aten.unflatten.int, turned(run, rows, width, device), -1, self._inner(width))
-        most = run(aten.amax.default, run(aten.abs.default, grouped), [-1], True)  # [B, H, S, 2, G, 1]
-        least = run(aten.clamp.default, run(aten.div.Scalar, most, REACH), *SCALES)
-        bits = run(aten.add.Scalar, run(aten.view.dtype, least, torch.int32), 1 << (DROPPED - 1))
+        least = run(aten.div.Scalar, run(aten.amax.default, run(aten.abs.default, grouped), [-1], True), REACH)
+        most = run(aten.clamp.default, run(aten.amax.default, least, [-3, -2], True), *SCALES)
+        bits = run(aten.add.Scalar, run(aten.view.dtype, most, torch.int32), (1 << DROPPED) - 1)
         kept = run(aten.bitwise_right_shift.Tensor_Scalar, bits, DROPPED)  # the exponent and three bits behind it
-        scale = run(aten.view.dtype, run(aten.bitwise_left_shift.Tensor_Scalar, kept, DROPPED), torch.float32)
+        step = _of_kept(run, kept)  # [B, H, S, 1, 1, 1]
+        share = run(aten.clamp.default, run(aten.round.default, run(aten.div.Tensor, least, step)), 1, SHARES)
+        scale = run(aten.mul.Tensor, share, step)
         shifted = run(aten.add.Scalar, run(aten.div.Tensor, grouped, scale), MIDDLE)
         codes = run(aten.clamp.default, run(aten.round.default, shifted), 0, 2 * MIDDLE)
-        codes = run(aten.to.dtype, codes, torch.uint8)
-        low, high = (run(aten.select.int, codes, -3, half) for half in (0, 1))
-        packed = run(aten.add.Tensor, low, run(aten.mul.Scalar, high, 16))
         byte = run(aten.to.dtype, run(aten.sub.Scalar, kept, FIRST), torch.uint8)
-        return run(aten.flatten.using_ints, packed, -2, -1), run(aten.flatten.using_ints, byte, -3, -1)
+        pairs = (_paired(run, halves) for halves in (codes, run(aten.sub.Scalar, share, 1)))
+        return *pairs, run(aten.flatten.using_ints, byte, -3, -1)
 
     def decode(self, run: Run, parts: Sequence[Any], width: int, device: torch.device) -> Any:
-        packed, byte = parts
-        halves, groups, members = self._inner(width)
+        _, groups, members = self._inner(width)
         places = run.constant("kv_nibbles", torch.tensor([0, 4], dtype=torch.uint8, device=device).view(2, 1, 1))
-        bytes_once = run(aten.unsqueeze.default, run(aten.unflatten.int, packed, -1, [groups, members]), -3)
-        codes = run(aten.bitwise_and.Scalar, run(aten.bitwise_right_shift.Tensor, bytes_once, places), 15)
-        wide = run(aten.sub.Scalar, run(aten.to.dtype, codes, torch.float32), MIDDLE)  # [B, H, S, 2, G, W]
-        kept = run(aten.add.Scalar, run(aten.to.dtype, byte, torch.int32), FIRST)
-        scale = run(aten.view.dtype, run(aten.bitwise_left_shift.Tensor_Scalar, kept, DROPPED), torch.float32)
-        scale = run(aten.unsqueeze.default, run(aten.unflatten.int, scale, -1, [halves, groups]), -1)
-        return run(aten.flatten.using_ints, run(aten.mul.Tensor, wide, scale), -3, -1)
+        codes = run(aten.sub.Scalar, _halves(run, parts[0], places, [groups, members]), MIDDLE)  # [B, H, S, 2, G, W]
+        share = run(aten.add.Scalar, _halves(run, parts[1], places, [groups, 1]), 1)
+        kept = run(aten.add.Scalar, run(aten.to.dtype, parts[2], torch.int32), FIRST)
+        step = run(aten.unflatten.int, _of_kept(run, kept), -1, [1, 1, 1])
+        rows = run(aten.mul.Tensor, codes, run(aten.mul.Tensor, share, step))
+        return run(aten.flatten.using_ints, rows, -3, -1)
 
     def _inner(self, width: int) -> list[int]:
-        """The halves of a row, the groups of a half, the numbers of a group. A byte holds one number of each half."""
+        """The halves of a row, the groups of a half, the numbers of a group."""
         members = math.gcd(width // 2, self.group)
         return [2, width // 2 // members, members]
+
+
+def _of_kept(run: Run, kept: Any) -> Any:
+    """The step that a group's share counts, from the upper bits of the row's scale."""
+    scale = run(aten.view.dtype, run(aten.bitwise_left_shift.Tensor_Scalar, kept, DROPPED), torch.float32)
+    return run(aten.mul.Scalar, scale, 1 / SHARES)
+
+
+def _paired(run: Run, halves: Any) -> Any:
+    """Whole numbers up to 15 [..., 2, G, W] as bytes [..., G * W]: the first half of a row below, the second above."""
+    low, high = (run(aten.select.int, run(aten.to.dtype, halves, torch.uint8), -3, half) for half in (0, 1))
+    return run(aten.flatten.using_ints, run(aten.add.Tensor, low, run(aten.mul.Scalar, high, 16)), -2, -1)
+
+
+def _halves(run: Run, paired: Any, places: Any, sizes: Sequence[int]) -> Any:
+    """Such bytes as float32 [..., 2, *sizes]."""
+    once = run(aten.unsqueeze.default, run(aten.unflatten.int, paired, -1, sizes), -3)
+    both = run(aten.bitwise_and.Scalar, run(aten.bitwise_right_shift.Tensor, once, places), 15)
+    return run(aten.to.dtype, both, torch.float32)
 
 
 def turned(run: Run, rows: Any, width: int, device: torch.device) -> Any:
@@ -215,5 +234,5 @@ def _scale(run: Run, least: Any) -> Any:
 FORMATS: dict[FormatName, tuple[KVFormat, KVFormat]] = {
     "int8": (Eight(torch.int8, 127.0), Eight(torch.int8, 127.0)),
     "fp8": (Eight(torch.float8_e4m3fn, 448.0), Eight(torch.float8_e4m3fn, 448.0)),
-    "int4": (Four(16), Four(32)),
+    "int4": (Four(8), Four(32)),
 }
