@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
 from fxopt.shape_sets import ShapeSet, full_sets
 from fxopt.specialise import Role
+from fxopt.streaming import Streaming
 
 BATCH = 2  # sequences that memory is planned for where nobody named more
 
@@ -25,8 +27,16 @@ BATCH = 2  # sequences that memory is planned for where nobody named more
 class Compiler:
     """Makes specialised graphs run. With ``plan_memory`` all of them compute in one arena."""
 
-    def __init__(self, backend: Backend, passes: Iterable[Pass[Any]], facts: Facts, limits: Limits) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        passes: Iterable[Pass[Any]],
+        facts: Facts,
+        limits: Limits,
+        streams: Streaming | None = None,
+    ) -> None:
         self.backend = backend
+        self.streams = streams  # that feed the layers, where offload_weights has moved their weights
         self._limits = limits
         self._planned = next((one for one in passes if isinstance(one, PlanMemory)), None)
         self.arena = SharedArena(facts.device) if self._planned is not None and unplaceable(backend) is None else None
@@ -34,8 +44,10 @@ class Compiler:
     def __call__(self, program: Program, role: Role) -> Lowered:
         sets = self._shape_sets(program, role) if self._planned is not None else ()
         self._dump(program, role, sets)
+        chain = functools.partial(self.streams.chain, kind=role.name) if self.streams is not None else None
+        layered = program.facts.layered
         try:
-            return lower(program, self.backend, layered=program.facts.layered, arena=self.arena, shape_sets=sets)
+            return lower(program, self.backend, layered=layered, arena=self.arena, shape_sets=sets, chain=chain)
         except RuntimeError as error:
             raise LoweringError(
                 f"{self.backend} failed to compile the {role.name} graph for {role.sequences}: {first_line(error)} "

@@ -14,6 +14,7 @@ from fxopt.arena_memory import SharedArena
 from fxopt.cache import BufferCache, BufferPool
 from fxopt.errors import InvalidRequestError
 from fxopt.lower import Lowered
+from fxopt.offload.ring import Ring
 from fxopt.program import (
     ATTENTION_MASK,
     CACHE_POSITION,
@@ -45,10 +46,16 @@ class Engine:
     """The running model. ``source`` makes the callable of a role when it is first needed."""
 
     def __init__(
-        self, facts: Facts, source: Callable[[Role], Lowered], limits: Limits, arena: SharedArena | None = None
+        self,
+        facts: Facts,
+        source: Callable[[Role], Lowered],
+        limits: Limits,
+        arena: SharedArena | None = None,
+        ring: Ring | None = None,
     ) -> None:
         self.facts = facts
         self.arena = arena  # that the graphs compute in, where plan_memory gave them one
+        self.ring = ring  # that weights are streamed through, where offload_weights has moved them
         self.limits = limits
         self.pool = BufferPool(facts, largest=limits.max_batch, most_bytes=limits.max_cache_bytes)
         self.stats: Counter[str] = Counter()

@@ -34,6 +34,9 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 Compile = Literal["auto", "layer", "whole"]
 COMPILES: tuple[str, ...] = get_args(Compile)
 
+#: Makes a chain of a plan, the code of its pieces and its weights.
+ChainMaker = Callable[[Plan, Sequence[Code], Sequence[Tensor]], Chain]
+
 _lock = threading.Lock()  # Inductor's configuration and tracing context are process-wide
 
 
@@ -79,10 +82,12 @@ def lower(
     layered: bool = False,
     arena: SharedArena | None = None,
     shape_sets: Sequence[ShapeSet] = (),
+    chain: ChainMaker | None = None,
 ) -> Lowered:
     """Compile one specialised program, in one piece or layer by layer.
 
-    With an ``arena`` Inductor's code computes in there, by a plan for ``shape_sets``.
+    With an ``arena`` Inductor's code computes in there, by a plan for ``shape_sets``. ``chain`` puts the pieces in a
+    row in another way.
     """
     regions = outline(program, layered=layered and backend != "eager")
     plan, distinct = planned(program, regions)
@@ -92,7 +97,8 @@ def lower(
         return Lowered(lambda: program, Chain(plan, [distinct[0].module]), plan, weights, windowed)
     with compiling(program), _placing(program, arena, shape_sets):
         compiled = [_compiled(region, backend) for region in distinct]
-    call: Code = Chain(plan, [piece.call for piece in compiled])
+    codes = [piece.call for piece in compiled]
+    call: Code = Chain(plan, codes) if chain is None else chain(plan, codes, weights)
     use = None
     if arena is not None:
         handed_on = max(plan.most_alive(_bytes(program, regions, plan, shapes)) for shapes in shape_sets)

@@ -26,7 +26,7 @@ from fxopt.artifact.saving import save
 from fxopt.call import depth_of, read_call
 from fxopt.decode_loop import decode, obstacle
 from fxopt.engine import Engine
-from fxopt.errors import InvalidRequestError
+from fxopt.errors import ArtifactError, InvalidRequestError
 from fxopt.program import Program
 from fxopt.report import Report
 from fxopt.weights import WeightWatch
@@ -46,13 +46,21 @@ class Handle:
         recipe: Recipe,
     ) -> None:
         self.engine = engine
-        self.report = report
+        self._report = report
         self._model = model
         self._symbolic = symbolic
         self._recipe = recipe
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.watch = WeightWatch(model)
         self.depth = depth_of(model.config)
+
+    @property
+    def report(self) -> Report:
+        """What was rewritten and why; where weights are streamed, also what that has cost so far."""
+        ring = self.engine.ring
+        if ring is not None and self._report.streams is not None:
+            self._report.streams.measured = ring.kinds
+        return self._report
 
     @property
     def symbolic(self) -> Program:
@@ -67,6 +75,8 @@ class Handle:
         if not isinstance(folder, str | os.PathLike):
             raise InvalidRequestError(f"folder={folder!r} is no path; give a folder to save to")
         self.watch.check()
+        if self.engine.ring is not None:
+            raise ArtifactError("a model whose weights are streamed cannot be saved yet; leave offload_weights out")
         save(Path(folder), self._model, self.engine, self.symbolic, self.report, self._recipe)
 
     @property
@@ -84,7 +94,12 @@ class Handle:
         """How many steps ran on which graph, and how many on the eager model and why."""
         arena = self.engine.arena
         grown = arena.growths if arena is not None else 0
-        return self.engine.stats + Counter({"arena grown": grown})  # a sum leaves out what is 0
+        found = self.engine.stats + Counter({"arena grown": grown})  # a sum leaves out what is 0
+        if self.engine.ring is not None:
+            moved = self.engine.ring.counters
+            found += Counter({"layers read": moved.reads, "weight bytes read": moved.nbytes})
+            found += Counter({"layers waited for": moved.waits, "milliseconds waited for": int(1000 * moved.exposed)})
+        return found
 
     @property
     def kv_bytes(self) -> int:

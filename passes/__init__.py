@@ -10,6 +10,7 @@ from fxopt.passes.fuse_qkv import FuseQKV
 from fxopt.passes.grouped_attention import GroupedAttention
 from fxopt.passes.last_logits import LastLogits
 from fxopt.passes.matvec import Matvec
+from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.passes.remove_control_flow import RemoveControlFlow
 from fxopt.passes.rotary import Rotary
@@ -29,4 +30,5 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     DecodeAttention,
     Matvec,
     PlanMemory,
+    OffloadWeights,
 )

@@ -87,9 +87,10 @@ def test_a_pass_that_is_off_by_default_has_a_flag_to_add_it() -> None:
         add_passes(parser)
         return {one.name for one in selection(parser.parse_args(flags))}
 
-    assert set(_names()) - chosen() == {"plan_memory"}
-    assert chosen("--plan-memory") == set(_names())
-    assert chosen("--plan-memory", "--no-rotary") == set(_names()) - {"rotary"}
+    added = ("--plan-memory", "--offload-weights")
+    assert set(_names()) - chosen() == {"plan_memory", "offload_weights"}
+    assert chosen(*added) == set(_names())
+    assert chosen(*added, "--no-rotary") == set(_names()) - {"rotary"}
     assert "plan_memory" in chosen("--passes", "minimal", "--plan-memory")
 
 
@@ -207,7 +208,7 @@ def test_generate_with_a_report(folder: Path, answer: str, capsys: pytest.Captur
     assert "LlamaForCausalLM, max_len 32, backend eager" in printed.err
     assert "verified the graphs" in printed.err
     first_words = {line.split()[0] for line in printed.err.splitlines() if line.strip()}
-    assert set(_names()) - first_words == {"fuse_qkv", "plan_memory"}
+    assert set(_names()) - first_words == {"fuse_qkv", "plan_memory", "offload_weights"}
 
 
 @pytest.mark.parametrize("passes", ["minimal", "fuse_gate_up"])

@@ -66,8 +66,9 @@ def without(*left_out: str) -> list[str]:
         ([Mine], [*REQUIRED, "mine"]),
         ((name for name in NAMES), NAMES),
         (PASSES, EVERY),
-        ({"plan_memory": True}, EVERY),
-        ({"plan_memory": {}, "rotary": False}, [name for name in EVERY if name != "rotary"]),
+        ({"plan_memory": True}, [*NAMES, "plan_memory"]),
+        ({"plan_memory": {}, "rotary": False}, [*without("rotary"), "plan_memory"]),
+        ({"plan_memory": {}, "offload_weights": {"budget": "8GiB"}}, EVERY),
         ({"plan_memory": False}, NAMES),
     ],
 )

@@ -34,7 +34,7 @@ class Prediction:
     @property
     def exposed(self) -> float:
         """How long the step waits for weights."""
-        return max(0.0, self.step - self.compute)
+        return max(0.0, round(self.step - self.compute, 12))
 
     @property
     def hidden(self) -> float:

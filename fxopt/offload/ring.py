@@ -42,6 +42,16 @@ class Counters:
 
 
 @dataclass
+class Steps:
+    """The steps of one kind, such as those that decode; seconds."""
+
+    count: int = 0
+    seconds: float = 0.0
+    exposed: float = 0.0
+    waits: int = 0
+
+
+@dataclass
 class _Ticket:
     """One slot to be filled with one layer; ``layer`` is None for a question whether all before it is done."""
 
@@ -91,6 +101,7 @@ class Ring:
         self._tickets: deque[_Ticket] = deque()  # in the order of the layers; the first is the next to be read
         self._turn = 0  # tickets given out since the last restart
         self._whole = False  # whether the last step went through
+        self._kinds: dict[str, Steps] = {}
         self.close = weakref.finalize(self, self._work.tickets.put, None)
 
     @property
@@ -98,18 +109,28 @@ class Ring:
         """A copy."""
         return replace(self._work.counters)
 
+    @property
+    def kinds(self) -> dict[str, Steps]:
+        """What steps of each kind took; a copy."""
+        return {kind: replace(steps) for kind, steps in self._kinds.items()}
+
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, kind: str = "") -> Iterator[None]:
         """One pass over all layers; others wait until it is through."""
         with self._lock:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), self.counters
             if not self._whole:
                 self._restart()
             self._whole = False
             yield
             self._whole = True
-            self._work.counters.steps += 1
-            self._work.counters.stepping += time.perf_counter() - started
+            self._count(kind, time.perf_counter() - started, before)
+
+    def count_anew(self) -> None:
+        """Forget what was counted so far."""
+        with self._lock:
+            self._work.counters = Counters()
+            self._kinds = {}
 
     def forget(self) -> None:
         """Read everything anew: the weights have changed."""
@@ -138,6 +159,13 @@ class Ring:
         with self._lock:
             for ticket in self._tickets:
                 self._until(ticket)
+
+    def _count(self, kind: str, seconds: float, before: Counters) -> None:
+        now, found = self._work.counters, self._kinds.setdefault(kind, Steps())
+        now.steps, now.stepping = now.steps + 1, now.stepping + seconds
+        found.count, found.seconds = found.count + 1, found.seconds + seconds
+        found.exposed += now.exposed - before.exposed
+        found.waits += now.waits - before.waits
 
     def _ask(self) -> None:
         layer = self.order[self._turn % len(self.order)]
