@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
+import itertools
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,29 +59,38 @@ class FilesInMemory:
         self._mappings = sorted((_mapping(each) for each in fields), key=lambda each: each.start)
         self._starts = [each.start for each in self._mappings]
         self._files: dict[str, WatchedFile | None] = {}
+        self._same: set[int] = set()  # addresses of tensors that their files hold
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in a mapped file."""
+        found = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
+        return found >= 0 and tensor.data_ptr() + tensor.nbytes <= self._mappings[found].end
 
     def place_of(self, tensor: Tensor) -> tuple[WatchedFile, int] | None:
         """The file in which a tensor lies and its offset there, if the file still holds the same bytes."""
-        found = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
-        if found < 0 or tensor.data_ptr() + tensor.nbytes > self._mappings[found].end:
+        if not self.has(tensor):
             return None
-        mapping = self._mappings[found]
+        mapping = self._mappings[bisect.bisect_right(self._starts, tensor.data_ptr()) - 1]
         offset = mapping.offset + tensor.data_ptr() - mapping.start
         file = self._opened(mapping.path)
         if file is None or offset % tensor.dtype.itemsize or not holds(file, offset, tensor):
             return None
+        self._same.add(tensor.data_ptr())
         return file, offset
+
+    def drop(self, tensor: Tensor) -> None:
+        """Let go of the memory under a tensor that its file holds: whoever looks there again reads the file."""
+        page = mmap.PAGESIZE
+        start, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+        if tensor.data_ptr() in self._same and start < end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
     def place_of_all(self, tensors: Sequence[Tensor]) -> tuple[WatchedFile, int] | None:
         """The same for tensors that lie behind each other, without a gap."""
-        first = self.place_of(tensors[0])
-        if first is None:
+        first, *others = [self.place_of(tensor) for tensor in tensors]
+        ends = itertools.accumulate((tensor.nbytes for tensor in tensors[:-1]), initial=0)
+        if first is None or others != [(first[0], first[1] + end) for end in list(ends)[1:]]:
             return None
-        file, end = first[0], first[1] + tensors[0].nbytes
-        for tensor in tensors[1:]:
-            if self.place_of(tensor) != (file, end):
-                return None
-            end += tensor.nbytes
         return first
 
     def close(self, but: set[WatchedFile]) -> None:

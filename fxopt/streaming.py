@@ -62,7 +62,11 @@ def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> St
     everything = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     fixed = sum(everything.values()) - sum(one.tensor.nbytes for groups in layers for g in groups for one in g)
     placed = place(sizes, fixed, budget=rewriter.budget_bytes, resident=rewriter.share, depth=rewriter.depth)
-    return Streaming(rewriter, placed, [layers[layer] for layer in placed.offloaded]) if placed.offloaded else None
+    if not placed.offloaded:
+        return None
+    made = Streaming(rewriter, placed, [layers[layer] for layer in placed.offloaded])
+    made.settle(model)
+    return made
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Streaming:
         foreign = FilesInMemory() if rewriter.store == "disk" else None
         seats, store = self._stored(rewriter, layers, foreign)
         if foreign is not None:
+            for named in (named for groups in layers for group in groups for named in group):
+                foreign.drop(named.tensor)
             foreign.close(but=set(store.files))
         self._seat(seats)
         nbytes = -(-max(placed.slot_bytes, *map(_end, seats)) // ALIGN) * ALIGN
@@ -104,6 +110,15 @@ class Streaming:
         )
         self._watched = [(p, one.file) for layer in seats for one in layer for p in one.group]
         self._versions: list[int] = []
+
+    def settle(self, model: nn.Module) -> None:
+        """Have in memory what is to stay there, also where it was loaded as a part of a mapped file."""
+        if self.use.store != "disk":
+            return
+        files, streamed = FilesInMemory(), {id(p.tensor) for p, _ in self._watched}
+        for parameter in model.parameters():
+            if id(parameter) not in streamed and files.has(parameter):
+                parameter.data = parameter.data.clone()
 
     def chain(self, plan: Plan, pieces: Sequence[Code], weights: Sequence[Tensor], kind: str) -> Chain:
         """The pieces of one graph, fed from the ring."""
