@@ -6,6 +6,7 @@ import bisect
 import ctypes
 import itertools
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,9 @@ class _Mapping:
 class FilesInMemory:
     """What Linux says of the files that this process has mapped; nothing is known elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, maps: Path = Path("/proc/self/maps")) -> None:
         try:
-            lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             lines = []
         fields = [line.split(maxsplit=5) for line in lines if line.endswith(".safetensors")]
@@ -60,6 +61,11 @@ class FilesInMemory:
         self._starts = [each.start for each in self._mappings]
         self._files: dict[str, WatchedFile | None] = {}
         self._same: set[int] = set()  # addresses of tensors that their files hold
+
+    @classmethod
+    def none(cls) -> FilesInMemory:
+        """As if there were none."""
+        return cls(Path(os.devnull))
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in a mapped file."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxopt.chain import Plan
 from fxopt.file_weights import DTYPES
 from fxopt.lower import planned
+from fxopt.offload.writing import ALIGN
 from fxopt.outline import outline
 from fxopt.program import Program, key_name
 from fxopt.specialise import Role, specialise
@@ -26,6 +27,15 @@ class Named:
 
 
 Group = tuple[Named, ...]  # parameters that passes have joined: their rows are to lie behind each other
+
+
+def nbytes_of(group: Group) -> int:
+    return sum(named.tensor.nbytes for named in group)
+
+
+def room_for(group: Group) -> int:
+    """The bytes that a group takes in a slot."""
+    return -(-nbytes_of(group) // ALIGN) * ALIGN
 
 
 def layer_weights(program: Program, model: nn.Module) -> list[list[Group]] | None:

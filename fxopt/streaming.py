@@ -1,11 +1,8 @@
-"""``offload_weights`` at work: decides which layers are streamed, moves their weights, feeds compiled pieces."""
+"""``offload_weights`` at work: decides which layers are streamed, and feeds compiled pieces from a ring."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,39 +10,23 @@ from torch import Tensor, nn
 
 from fxopt.chain import Chain, Code, Plan
 from fxopt.errors import InvalidRequestError, RewriteError
-from fxopt.file_weights import DTYPES, FilesInMemory, mapped, raw, seat
-from fxopt.layer_weights import Group, layer_weights
+from fxopt.file_weights import raw
+from fxopt.layer_weights import layer_weights, nbytes_of, room_for
+from fxopt.moved_weights import MovedWeights, keep_in_memory
 from fxopt.offload.errors import StoreError
-from fxopt.offload.folders import PrivateFolder
 from fxopt.offload.measuring import bandwidth
 from fxopt.offload.placement import Placement, place
 from fxopt.offload.ring import Ring
-from fxopt.offload.store import Extent, FileStore
 from fxopt.offload.use import StreamUse
-from fxopt.offload.watched_file import WatchedFile
-from fxopt.offload.writing import ALIGN, Weight, write
 from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
 from fxopt.streamed_chain import StreamedChain, Views
 
 
-def unstreamable(facts: Facts) -> str | None:
-    """Why ``offload_weights`` cannot be applied, or None."""
-    if facts.device.type != "cpu":
-        return f"weights are streamed into the memory of a CPU so far, and the model is on {facts.device}"
-    if facts.backend == "eager" or not facts.layered:
-        return (
-            f"it hands weights to one layer at a time, and here the graph is one piece (compile={facts.compile!r}, "
-            f'backend={facts.backend!r}, {len(facts.layers)} layers); ask for compile="layer", with "inductor" or '
-            '"aot_eager"'
-        )
-    return None
-
-
 def admit_streams(passes: Iterable[Pass[Any]], facts: Facts) -> None:
     """Raise a sentence if weights are to be streamed, and cannot be."""
-    if any(isinstance(one, OffloadWeights) for one in passes) and (why := unstreamable(facts)) is not None:
+    if any(isinstance(one, OffloadWeights) for one in passes) and (why := _unstreamable(facts)) is not None:
         raise InvalidRequestError(f"offload_weights cannot be applied: {why}")
 
 
@@ -58,188 +39,85 @@ def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> St
             f"{rewriter.name} cannot be applied: in the graph of this model its layers cannot be told apart. Leave the "
             "pass out, or report the architecture"
         )
-    sizes = [sum(_padded(group) for group in groups) for groups in layers]
-    everything = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    fixed = sum(everything.values()) - sum(one.tensor.nbytes for groups in layers for g in groups for one in g)
+    sizes = [sum(map(room_for, layer)) for layer in layers]
+    everything = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    fixed = sum(everything.values()) - sum(nbytes_of(group) for layer in layers for group in layer)
     placed = place(sizes, fixed, budget=rewriter.budget_bytes, resident=rewriter.share, depth=rewriter.depth)
     if not placed.offloaded:
         return None
-    made = Streaming(rewriter, placed, [layers[layer] for layer in placed.offloaded])
-    made.settle(model)
-    return made
-
-
-@dataclass(frozen=True)
-class _Seat:
-    """A group of weights that is streamed: where in its slot it goes, and where in a file it comes from."""
-
-    group: Group
-    file: WatchedFile
-    offset: int
-    at: int
+    weights = MovedWeights([layers[layer] for layer in placed.offloaded], rewriter.store, rewriter.folder)
+    if rewriter.store == "disk":
+        keep_in_memory(model, but={id(named.tensor) for named in weights.parameters()})
+    return Streaming(weights, placed, rewriter.store)
 
 
 class Streaming:
-    """The streamed layers of one model: a store, a ring, and where in a slot each weight is."""
+    """The streamed layers of one model: a ring, and where in a slot each weight is."""
 
-    def __init__(self, rewriter: OffloadWeights, placed: Placement, layers: Sequence[Sequence[Group]]) -> None:
-        self._folder: PrivateFolder | None = None
-        self._own: WatchedFile | None = None
-        foreign = FilesInMemory() if rewriter.store == "disk" else None
-        seats, store = self._stored(rewriter, layers, foreign)
-        if foreign is not None:
-            for named in (named for groups in layers for group in groups for named in group):
-                foreign.drop(named.tensor)
-            foreign.close(but=set(store.files))
-        self._seat(seats)
-        nbytes = -(-max(placed.slot_bytes, *map(_end, seats)) // ALIGN) * ALIGN
-        with torch.inference_mode(False):
-            self._slots = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(placed.slots)]
+    def __init__(self, weights: MovedWeights, placed: Placement, kind: str) -> None:
+        with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
+            self._slots = [torch.empty(weights.slot_bytes, dtype=torch.uint8) for _ in range(placed.slots)]
         memories = [raw(slot) for slot in self._slots]
-        order = range(len(layers))
-        speed = bandwidth(store, order, memories[0])
-        self.store = store
-        self.ring = Ring(store, order, memories)
-        in_place = sum(_nbytes(one.group) for layer in seats for one in layer if one.file is not self._own)
-        self.use = StreamUse(placed, rewriter.store, placed.moved - in_place, in_place, speed)
-        #: Address of every streamed group, with its end, its layer in the order of the ring, its place in the slot.
-        self._table = sorted(
-            (one.group[0].tensor.data_ptr(), one.group[0].tensor.data_ptr() + _nbytes(one.group), turn, one.at)
-            for turn, layer in enumerate(seats)
-            for one in layer
-        )
-        self._watched = [(p, one.file) for layer in seats for one in layer for p in one.group]
+        order = range(len(placed.offloaded))
+        speed = bandwidth(weights.store, order, memories[0])
+        self.ring = Ring(weights.store, order, memories)
+        self.use = StreamUse(placed, kind, placed.moved - weights.in_place, weights.in_place, speed)
+        self._weights = weights
+        self._table = weights.table()
+        self._watched = [(named, one.file) for seats in weights.seats for one in seats for named in one.group]
         self._versions: list[int] = []
-
-    def settle(self, model: nn.Module) -> None:
-        """Have in memory what is to stay there, also where it was loaded as a part of a mapped file."""
-        if self.use.store != "disk":
-            return
-        files, streamed = FilesInMemory(), {id(p.tensor) for p, _ in self._watched}
-        for parameter in model.parameters():
-            if id(parameter) not in streamed and files.has(parameter):
-                parameter.data = parameter.data.clone()
 
     def chain(self, plan: Plan, pieces: Sequence[Code], weights: Sequence[Tensor], kind: str) -> Chain:
         """The pieces of one graph, fed from the ring."""
-        numbers = range(len(plan.inputs), plan.given)
-        found = {number: seat for number, w in zip(numbers, weights, strict=True) if (seat := self._find(w))}
+        known = dict(enumerate(weights, len(plan.inputs)))
+        found = {number: place for number, weight in known.items() if (place := self._find(weight)) is not None}
         views: dict[int, Views] = {}
-        turns = []
+        turns: list[int] = []
         for position, step in enumerate(plan.steps):
             mine = [number for number in step.reads if number in found]
-            if not mine:
-                continue
-            turns += sorted({found[number][0] for number in mine})
-            views[position] = [
-                [(number, _view(slot, found[number][1], weights[number - len(plan.inputs)])) for number in mine]
-                for slot in self._slots
-            ]
+            if mine:
+                turns += sorted({found[number][0] for number in mine})
+                views[position] = [
+                    [(number, _view(slot, found[number][1], known[number])) for number in mine] for slot in self._slots
+                ]
         if turns != list(self.ring.order):
-            raise RuntimeError(
-                f"the {kind} graph reads streamed layers in the order {turns}, and they are read from the store in "
-                f"the order {list(self.ring.order)}"
-            )
+            raise RuntimeError(f"it reads streamed layers in the order {turns}, and not in that of the store")
         return StreamedChain(plan, pieces, self.ring, views, self._look, kind)
 
     def _look(self) -> None:
         """Notice weights that were updated in place: slots may hold what they were before."""
-        versions = [0 if p.tensor.is_inference() else p.tensor._version for p, _ in self._watched]
+        versions = [0 if one.tensor.is_inference() else one.tensor._version for one, _ in self._watched]
         if versions == self._versions:
             return
-        changed = [both for both, now, old in zip(self._watched, versions, self._versions, strict=False) if now != old]
-        for parameter, file in changed:
-            if file is not self._own:
+        own = self._weights.own
+        for (named, file), now, old in zip(self._watched, versions, self._versions, strict=False):  # none at first
+            if now != old and file is not own:
                 raise StoreError(
-                    f"{parameter.name} was updated in place, and it is read from {file.path}, which is not written to. "
+                    f"{named.name} was updated in place, and it is read from {file.path}, which is not written to. "
                     "Load the model and call fxopt.optimize again"
                 )
-        if self._own is not None:
-            self._own.renew()
+        if own is not None:
+            own.renew()
         self.ring.forget()
         self._versions = versions
 
     def _find(self, weight: Tensor) -> tuple[int, int] | None:
-        """The layer of a streamed weight, and its place in the slot."""
+        """The turn of the layer that a streamed weight belongs to, and its place in the slot."""
         address = weight.data_ptr()
-        for start, end, turn, at in self._table:
-            if start <= address < end:
-                return turn, at + address - start
-        return None
-
-    def _stored(
-        self, rewriter: OffloadWeights, layers: Sequence[Sequence[Group]], foreign: FilesInMemory | None
-    ) -> tuple[list[list[_Seat]], FileStore]:
-        """Find or write every group. Nothing of the model has changed when this fails."""
-        places = {
-            id(g): foreign.place_of_all([one.tensor for one in g]) if foreign else None
-            for groups in layers
-            for g in groups
-        }
-        new = [[group for group in groups if places[id(group)] is None] for groups in layers]
-        made = None
-        if any(new):
-            where, path, fd = self._file(rewriter)
-            made = write(fd, where, [[_entries(group) for group in groups] for groups in new])
-            self._own = WatchedFile(path, fd)
-        seats, extents = [], []
-        for turn, groups in enumerate(layers):
-            seated: list[_Seat] = []
-            parts: list[Extent] = []
-            at = 0
-            if made is not None and new[turn]:
-                assert self._own is not None
-                start, at = made.blocks[turn]
-                parts.append(Extent(self._own, start, at, 0))
-                for group in new[turn]:
-                    offset = made.weights[group[0].name]
-                    seated.append(_Seat(group, self._own, offset, offset - start))
-            for group in groups:
-                if (found := places[id(group)]) is not None:
-                    seated.append(_Seat(group, *found, at))
-                    parts.append(Extent(*found, _nbytes(group), at))
-                    at += _padded(group)
-            seats.append(seated)
-            extents.append(parts)
-        return seats, FileStore(extents)
-
-    def _file(self, rewriter: OffloadWeights) -> tuple[Path, Path, int]:
-        """An open file of our own: a folder for sentences, its path, and a descriptor."""
-        if rewriter.store == "cpu":
-            if not hasattr(os, "memfd_create"):
-                raise InvalidRequestError('store="cpu" needs files in memory, which Linux has; use store="disk"')
-            fd = os.memfd_create("fxopt weights", os.MFD_CLOEXEC)
-            return Path("memory"), Path(f"/proc/self/fd/{fd}"), fd
-        self._folder = PrivateFolder(Path(rewriter.folder) if rewriter.folder is not None else None)
-        path = self._folder.path / "weights.safetensors"
-        return self._folder.path, path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-    def _seat(self, seats: Sequence[Sequence[_Seat]]) -> None:
-        """Let the parameters lie in the files; what they had is let go of."""
-        storages: dict[WatchedFile, torch.UntypedStorage] = {}
-        for one in (one for layer in seats for one in layer):
-            if one.file not in storages:
-                storages[one.file] = mapped(one.file.path, one.file.size, shared=one.file is self._own)
-            offset = one.offset
-            for named in one.group:
-                seat(named.tensor, storages[one.file], offset)
-                offset += named.tensor.nbytes
+        found = (entry for entry in self._table if entry[0] <= address < entry[1])
+        return next(((turn, at + address - start) for start, _, turn, at in found), None)
 
 
-def _entries(group: Group) -> list[Weight]:
-    return [Weight(one.name, DTYPES[one.tensor.dtype], tuple(one.tensor.shape), raw(one.tensor)) for one in group]
-
-
-def _nbytes(group: Group) -> int:
-    return sum(one.tensor.nbytes for one in group)
-
-
-def _padded(group: Group) -> int:
-    return -(-_nbytes(group) // ALIGN) * ALIGN
-
-
-def _end(seats: Sequence[_Seat]) -> int:
-    return max((one.at + _padded(one.group) for one in seats), default=0)
+def _unstreamable(facts: Facts) -> str | None:
+    if facts.device.type != "cpu":
+        return f"weights are streamed into the memory of a CPU so far, and the model is on {facts.device}"
+    if facts.backend == "eager" or not facts.layered:
+        return (
+            f"it hands weights to one layer at a time, and here the graph is one piece (compile={facts.compile!r}, "
+            f'backend={facts.backend!r}, {len(facts.layers)} layers); ask for compile="layer", with "inductor" or '
+            '"aot_eager"'
+        )
+    return None
 
 
 def _view(slot: Tensor, at: int, weight: Tensor) -> Tensor:

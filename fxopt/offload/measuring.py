@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -9,17 +10,17 @@ from fxopt.offload.prediction import Rates
 from fxopt.offload.ring import Counters
 from fxopt.offload.store import Store
 
-READS = 3  # the fastest counts: others use the disk as well
+READS = 3
 
 
 def bandwidth(store: Store, layers: Sequence[int], slot: memoryview) -> float:
     """Bytes per second, from reading a few layers."""
-    best = 0.0
+    found = []
     for turn in range(READS):
         started = time.perf_counter()
         nbytes = store.fill(layers[turn * len(layers) // READS], slot)
-        best = max(best, nbytes / max(1e-9, time.perf_counter() - started))
-    return best
+        found.append(nbytes / max(1e-9, time.perf_counter() - started))
+    return statistics.median(found)
 
 
 def rates(bandwidth: float, layers: int, before: Counters, after: Counters) -> Rates:
