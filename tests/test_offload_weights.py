@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from offload_weights import make, run
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
@@ -28,6 +29,7 @@ from fxopt.request import Request
 
 PROMPT = torch.arange(3, 23)[None]
 NEW, LAYERS = 8, 6
+PAGE = Path(__file__).parent.parent / "docs" / "offload.md"
 
 
 def tokens(model: Any, batch: int = 1) -> Tensor:
@@ -320,6 +322,28 @@ def test_what_is_streamed_is_not_saved(tmp_path: Path) -> None:
     fast = streamed(tiny("llama", layers=LAYERS), tmp_path)
     with pytest.raises(ArtifactError, match="cannot be saved yet; leave offload_weights out"):
         fast.fxopt.save(tmp_path / "saved")
+
+
+# More than the memory
+
+
+@pytest.mark.slow
+def test_a_process_with_less_memory_than_the_weights(tmp_path: Path) -> None:
+    """1.2 GB of weights, and 300 MiB for them."""
+    make(str(tmp_path), layers=20, hidden=1024, dtype=torch.float32)
+    arguments = ["--budget", "300MiB", "--backend", "aot_eager", "--new", "4"]
+    stock, found = (run(arguments, kind, str(tmp_path)) for kind in ("stock", "streamed"))
+    assert found["tokens"] == stock["tokens"]
+    assert found["anonymous"] < 0.75 * found["weights"]
+    assert found["generating"] < 0.85 * found["weights"] < stock["generating"]
+
+
+@pytest.mark.slow
+def test_the_page_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    space: dict[str, Any] = {"fxopt": fxopt, "model": tiny("llama", layers=4)}
+    exec(block, space)
+    assert "offload_weights" in str(space["fast"].fxopt.report)
 
 
 # The report
