@@ -30,3 +30,6 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     Matvec,
     PlanMemory,
 )
+
+#: What is applied where nobody asks for more or less.
+DEFAULT_PASSES = tuple(kind for kind in PASSES if kind.by_default)
