@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
 from fxopt.artifact.keys import Recipe
-from fxopt.compiler import Compiler, arena_outcome
+from fxopt.compiler import Compiler, arena_outcome, unplaceable
 from fxopt.engine import Engine, Limits
 from fxopt.errors import CaptureDiffersError, VerificationError, first_line
 from fxopt.judge import Judge
@@ -83,6 +83,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     judge = None if request.verify == "off" else Judge(model, request.max_len)
     batch = request.max_batch or 1
     pipeline = Pipeline(passes, captured, Policy(request.strict, judge, request.verify == "each", batch))
+    _insist_on_arena(pipeline, request.backend)
     report = pipeline.report(type(model).__name__)
     report.seconds = progress.seconds
     with progress.step("rewrite, verifying each pass" if request.verify == "each" else "rewrite"):
@@ -106,7 +107,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         if lowered.launches is not None:
             report.launches[role.name] = lowered.launches
     report.graphs = engine.readiness()
-    _note_arena(report, pipeline, request.backend, engine)
+    _note_arena(report, pipeline, engine, request.backend)
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
     recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)
@@ -118,7 +119,7 @@ def _compiled(pipeline: Pipeline, backend: Backend, limits: Limits, progress: Pr
     """An engine whose prefill and decode graphs are compiled; other batch sizes follow on first use."""
 
     facts = pipeline.captured.facts
-    compiler = Compiler(backend, pipeline.kept, facts, limits)
+    compiler = Compiler(backend, pipeline.kept, facts, limits, dumps=True)
     engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena)
     for role in engine.first_roles():
         with progress.step(f"compile {role.name} for {role.sequences}"):
@@ -126,16 +127,21 @@ def _compiled(pipeline: Pipeline, backend: Backend, limits: Limits, progress: Pr
     return engine
 
 
-def _note_arena(report: Report, pipeline: Pipeline, backend: Backend, engine: Engine) -> None:
+def _insist_on_arena(pipeline: Pipeline, backend: Backend) -> None:
+    """Say before any work is done that there can be no arena, if one was asked for."""
+    for rewriter in pipeline.kept:
+        if isinstance(rewriter, PlanMemory) and (reason := unplaceable(backend, pipeline.captured.facts.device)):
+            pipeline.cannot(rewriter, reason)
+
+
+def _note_arena(report: Report, pipeline: Pipeline, engine: Engine, backend: Backend) -> None:
     """Say what of the compiled code computes in the arena, if it was asked to."""
     for rewriter in pipeline.kept:
         if isinstance(rewriter, PlanMemory):
-            pipeline.note(arena_outcome(rewriter, backend, engine.compiled))
-            report.arenas = {
-                f"{role.name} for {role.sequences}": graph.arena
-                for role, graph in engine.compiled.items()
-                if graph.arena is not None
-            }
+            why_not = unplaceable(backend, pipeline.captured.facts.device)
+            pipeline.note(arena_outcome(rewriter, why_not, engine.compiled))
+    graphs = {f"{role.name} for {role.sequences}": graph.arena_use for role, graph in engine.compiled.items()}
+    report.arenas = {name: use for name, use in graphs.items() if use is not None}
 
 
 def _verified(
@@ -145,7 +151,7 @@ def _verified(
     checks, complaint = _judged(judge, engine)
     if complaint is None:
         return engine, checks
-    for suspect in pipeline.decode_passes():
+    for suspect in pipeline.suspects():
         trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress)
         checks, remaining = _judged(judge, trial)
         if remaining is None:

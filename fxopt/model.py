@@ -82,9 +82,7 @@ class Handle:
     @property
     def stats(self) -> Counter[str]:
         """How many steps ran on which graph, and how many on the eager model and why."""
-        arena = self.engine.arena
-        grown = arena.growths if arena is not None else 0
-        return self.engine.stats + Counter({"arena grown": grown})  # a sum leaves out what is 0
+        return self.engine.stats
 
     @property
     def kv_bytes(self) -> int:
@@ -93,13 +91,16 @@ class Handle:
 
     @property
     def arena_bytes(self) -> int:
-        """Memory that this thread computes in, where ``plan_memory`` has placed what compiled code keeps."""
-        arena = self.engine.arena
-        return arena.here().nbytes if arena is not None else 0
+        """Memory that this thread has computed in, where ``plan_memory`` has placed what compiled code keeps."""
+        return self.engine.arena.nbytes if self.engine.arena is not None else 0
 
     def release(self) -> int:
-        """Give back the memory of buffers that no cache is using; returns the bytes. The next call allocates anew."""
-        return self.engine.pool.release()
+        """Give back the memory of buffers that no cache is using, and of this thread's arena; returns the bytes.
+
+        The next call allocates anew.
+        """
+        arena = self.engine.arena
+        return self.engine.pool.release() + (arena.release() if arena is not None else 0)
 
 
 def make_fast(model: Model, engine: Engine, symbolic: Callable[[], Program], report: Report, recipe: Recipe) -> Model:
