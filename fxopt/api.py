@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
 from fxopt.artifact.keys import Recipe
-from fxopt.compiler import Compiler, arena_outcome
+from fxopt.compiler import Compiler, arena_outcome, unplaceable
 from fxopt.engine import Engine, Limits
 from fxopt.errors import CaptureDiffersError, VerificationError, first_line
 from fxopt.judge import Judge
@@ -87,6 +87,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     batch = request.max_batch or 1
     pipeline = Pipeline(passes, captured, Policy(request.strict, judge, request.verify == "each", batch))
     admit_streams(pipeline.kept, captured.facts)
+    _insist_on_arena(pipeline, request.backend)
     report = pipeline.report(type(model).__name__)
     report.seconds = progress.seconds
     with progress.step("rewrite, verifying each pass" if request.verify == "each" else "rewrite"):
@@ -114,7 +115,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         if lowered.launches is not None:
             report.launches[role.name] = lowered.launches
     report.graphs = engine.readiness()
-    _note_arena(report, pipeline, request.backend, engine)
+    _note_arena(report, pipeline, engine, request.backend)
     if streams is not None and engine.ring is not None:
         with progress.step("time streamed steps"):
             report.streams = timed(streams, engine)
@@ -135,7 +136,7 @@ def _compiled(
     facts = pipeline.captured.facts
     if not any(isinstance(one, OffloadWeights) for one in pipeline.kept):
         streams = None
-    compiler = Compiler(backend, pipeline.kept, facts, limits, streams)
+    compiler = Compiler(backend, pipeline.kept, facts, limits, streams, dumps=True)
     ring = streams.ring if streams is not None else None
     engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena, ring)
     for role in engine.first_roles():
@@ -144,16 +145,21 @@ def _compiled(
     return engine
 
 
-def _note_arena(report: Report, pipeline: Pipeline, backend: Backend, engine: Engine) -> None:
+def _insist_on_arena(pipeline: Pipeline, backend: Backend) -> None:
+    """Say before any work is done that there can be no arena, if one was asked for."""
+    for rewriter in pipeline.kept:
+        if isinstance(rewriter, PlanMemory) and (reason := unplaceable(backend, pipeline.captured.facts.device)):
+            pipeline.cannot(rewriter, reason)
+
+
+def _note_arena(report: Report, pipeline: Pipeline, engine: Engine, backend: Backend) -> None:
     """Say what of the compiled code computes in the arena, if it was asked to."""
     for rewriter in pipeline.kept:
         if isinstance(rewriter, PlanMemory):
-            pipeline.note(arena_outcome(rewriter, backend, engine.compiled))
-            report.arenas = {
-                f"{role.name} for {role.sequences}": graph.arena
-                for role, graph in engine.compiled.items()
-                if graph.arena is not None
-            }
+            why_not = unplaceable(backend, pipeline.captured.facts.device)
+            pipeline.note(arena_outcome(rewriter, why_not, engine.compiled))
+    graphs = {f"{role.name} for {role.sequences}": graph.arena_use for role, graph in engine.compiled.items()}
+    report.arenas = {name: use for name, use in graphs.items() if use is not None}
 
 
 def _verified(
@@ -168,7 +174,7 @@ def _verified(
     checks, complaint = _judged(judge, engine)
     if complaint is None:
         return engine, checks
-    for suspect in pipeline.decode_passes():
+    for suspect in pipeline.suspects():
         trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress, streams)
         checks, remaining = _judged(judge, trial)
         if remaining is None:

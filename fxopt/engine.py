@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -64,6 +65,8 @@ class Engine:
         self._lowered: dict[Role, Lowered] = {}
         self._lock = threading.RLock()
         self._rows = torch.arange(facts.capacity, device=facts.device)
+        if arena is not None:
+            arena.on_growth = functools.partial(self.count, "arena grown")
 
     def new_cache(self, batch: int) -> BufferCache:
         return BufferCache(self.pool, self.facts, batch)

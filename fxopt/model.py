@@ -27,6 +27,7 @@ from fxopt.call import depth_of, read_call
 from fxopt.decode_loop import decode, obstacle
 from fxopt.engine import Engine
 from fxopt.errors import ArtifactError, InvalidRequestError
+from fxopt.offload.ring import Counters
 from fxopt.program import Program
 from fxopt.report import Report
 from fxopt.weights import WeightWatch
@@ -92,14 +93,10 @@ class Handle:
     @property
     def stats(self) -> Counter[str]:
         """How many steps ran on which graph, and how many on the eager model and why."""
-        arena = self.engine.arena
-        grown = arena.growths if arena is not None else 0
-        found = self.engine.stats + Counter({"arena grown": grown})  # a sum leaves out what is 0
-        if self.engine.ring is not None:
-            moved = self.engine.ring.counters
-            found += Counter({"layers read": moved.reads, "weight bytes read": moved.nbytes})
-            found += Counter({"layers waited for": moved.waits, "milliseconds waited for": int(1000 * moved.exposed)})
-        return found
+        ring = self.engine.ring
+        if ring is not None:
+            self.engine.stats |= moved_so_far(ring.counters)
+        return self.engine.stats
 
     @property
     def kv_bytes(self) -> int:
@@ -108,13 +105,16 @@ class Handle:
 
     @property
     def arena_bytes(self) -> int:
-        """Memory that this thread computes in, where ``plan_memory`` has placed what compiled code keeps."""
-        arena = self.engine.arena
-        return arena.here().nbytes if arena is not None else 0
+        """Memory that this thread has computed in, where ``plan_memory`` has placed what compiled code keeps."""
+        return self.engine.arena.nbytes if self.engine.arena is not None else 0
 
     def release(self) -> int:
-        """Give back the memory of buffers that no cache is using; returns the bytes. The next call allocates anew."""
-        return self.engine.pool.release()
+        """Give back the memory of buffers that no cache is using, and of this thread's arena; returns the bytes.
+
+        The next call allocates anew.
+        """
+        arena = self.engine.arena
+        return self.engine.pool.release() + (arena.release() if arena is not None else 0)
 
 
 def make_fast(model: Model, engine: Engine, symbolic: Callable[[], Program], report: Report, recipe: Recipe) -> Model:
@@ -247,6 +247,12 @@ class FastModel:
         _check_batch(self.fxopt.engine, batch_size * copies)
         model_kwargs["past_key_values"] = self.fxopt.engine.new_cache(batch_size * copies)
         return None
+
+
+def moved_so_far(counted: Counters) -> Counter[str]:
+    """What streaming weights has come to, for ``stats``."""
+    found = {"layers read": counted.reads, "weight bytes read": counted.nbytes, "layers waited for": counted.waits}
+    return Counter({**found, "milliseconds waited for": int(1000 * counted.exposed)})
 
 
 def _kept(keep: int | Tensor, tokens: int) -> int:

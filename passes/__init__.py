@@ -32,3 +32,6 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     PlanMemory,
     OffloadWeights,
 )
+
+#: What is applied where nobody asks for more or less.
+DEFAULT_PASSES = tuple(kind for kind in PASSES if kind.by_default)

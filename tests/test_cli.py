@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fxopt.cli import main
 from fxopt.cli.options import add_passes, selection
 from fxopt.families import tiny
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES, PASSES
 
 PROMPT = "w5 w17 w40"
 NEW = 12
@@ -252,7 +252,7 @@ def test_explain(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["explain", str(folder), "--max-len", "64", "--save-report", str(page)]) == 0
     printed = capsys.readouterr()
     assert "One decode step, batch 1, 32 rows of the cache filled" in printed.out
-    assert all(name in printed.out for name in _names())
+    assert all(kind.name in printed.out for kind in DEFAULT_PASSES)
     assert page.read_text().startswith("<!doctype html>")
     assert main(["explain", str(folder), "--max-len", "64", "--json", "--batch", "4", "--no-rotary"]) == 0
     data = json.loads(capsys.readouterr().out)

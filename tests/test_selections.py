@@ -13,16 +13,16 @@ from torch import nn
 import fxopt
 from fxopt.admission import PRESETS, select
 from fxopt.errors import InvalidRequestError
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES, PASSES
 from fxopt.passes.fuse_qkv import FuseQKV
 from fxopt.passes.rotary import Rotary
 from fxopt.program import Program
 from fxopt.rewrite import Located, Pass, Stage
 
 EVERY = [kind.name for kind in PASSES]
-NAMES = [kind.name for kind in PASSES if kind.by_default]
+NAMES = [kind.name for kind in DEFAULT_PASSES]
 REQUIRED = [kind.name for kind in PASSES if kind.required]
-OPTIONAL = [kind.name for kind in PASSES if kind.by_default and not kind.required]
+OPTIONAL = [kind.name for kind in DEFAULT_PASSES if not kind.required]
 
 
 @dataclass(frozen=True)
