@@ -82,7 +82,13 @@ class Streaming:
                 ]
         if turns != list(self.ring.order):
             raise RuntimeError(f"it reads streamed layers in the order {turns}, and not in that of the store")
-        return StreamedChain(plan, pieces, self.ring, views, self._look, kind)
+        # A file in memory does not tell that it was written to through parameter.data: prompts begin anew.
+        look = self._look if self.use.store == "disk" or kind == "decode" else self._look_anew
+        return StreamedChain(plan, pieces, self.ring, views, look, kind)
+
+    def _look_anew(self) -> None:
+        self.ring.forget()
+        self._look()
 
     def _look(self) -> None:
         """Notice weights that were updated in place: slots may hold what they were before."""

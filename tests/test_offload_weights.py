@@ -217,6 +217,22 @@ def test_an_update_in_place_is_followed(tmp_path: Path) -> None:
     assert torch.equal(tokens(fast), expected)
 
 
+@pytest.mark.parametrize("store", ["disk", "cpu"])
+def test_an_update_past_the_count_of_updates_gives_no_wrong_tokens(store: str, tmp_path: Path) -> None:
+    model, other = (tiny("llama", layers=LAYERS) for _ in range(2))
+    fast = streamed(model, tmp_path, store=store)
+    tokens(fast)
+    time.sleep(0.02)
+    for one in (model, other):
+        for layer in one.model.layers:
+            layer.mlp.down_proj.weight.data.mul_(-1.5)
+    if store == "cpu":
+        assert torch.equal(tokens(fast), tokens(other))
+    else:
+        with pytest.raises(StoreError, match=r"another process or through parameter\.data"):
+            tokens(fast)
+
+
 def test_an_update_of_what_lies_in_the_models_own_file_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
     fast = streamed(model, tmp_path)

@@ -35,7 +35,10 @@ class WatchedFile:
         if now[0] != self.size:
             raise StoreError(f"{self.path} had {self.size:,} bytes and has {now[0]:,} now; {_AGAIN}")
         if now != self._seen:
-            raise StoreError(f"{self.path} was written to while weights were read from it; {_AGAIN}")
+            raise StoreError(
+                f"{self.path} was written to while weights were read from it, by another process or through "
+                f"parameter.data; {_AGAIN}"
+            )
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill ``target`` with what lies at ``offset``, and do not count on the system to keep it in memory."""
@@ -67,4 +70,4 @@ def forget(fd: int, offset: int, nbytes: int) -> None:
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-_AGAIN = "the weights of this model are no longer there. Load the model and call fxopt.optimize again"
+_AGAIN = "what is streamed is no longer what was moved there. Load the model and call fxopt.optimize again"
