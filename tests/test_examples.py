@@ -24,7 +24,7 @@ RUNS = {
     "plan_memory.py": (["--svg", f"{TINY}/plan.svg"], "operators compared, 0 differ"),
     "peak_memory.py": (["--layers", "2", "--backend", "eager"], "peak / (weights + KV buffers)"),
     "resident_memory.py": (
-        ["--layers", "3", "--hidden", "64", "--max-len", "600"],
+        ["--layers", "3", "--hidden", "72", "--max-len", "600"],
         "planned / Inductor's peak: ",
     ),
     "offload_weights.py": (

@@ -98,7 +98,7 @@ def test_the_page_on_compiled_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert words is not None
     printed = " ".join(capsys.readouterr().out.split())
     assert re.search(words[1] + r"[\d.]+[KM]?B" + re.escape(words[2]), printed)
-    assert names["fast"].fxopt.arena_bytes > 0  # type: ignore[attr-defined]
+    assert names["fast"].fxopt.arena_bytes > 0
 
 
 def allocations(graph: Callable[..., Any], inputs: list[torch.Tensor]) -> list[int]:
