@@ -58,7 +58,7 @@ def peaks(fast: Any, prompt: Tensor) -> tuple[Tensor, dict[str, tuple[int, int]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--hidden", type=int, default=576, help="576 is SmolLM2's; smaller is quicker")
+    parser.add_argument("--hidden", type=int, default=576, help="576 is SmolLM2's; a smaller multiple of 9 is quicker")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--max-len", type=int, default=1200)
     parser.add_argument("--compile", default="layer", choices=("layer", "whole"))

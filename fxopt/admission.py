@@ -16,7 +16,7 @@ from fxopt.lower import BACKENDS, COMPILES
 from fxopt.model import FastModel
 from fxopt.registry import Placed, catalogue, ordered
 from fxopt.request import VERIFICATIONS, Request
-from fxopt.rewrite import Pass
+from fxopt.rewrite import Pass, Stage
 
 Selection = str | Iterable[str | Pass[Any] | type[Pass[Any]]] | Mapping[str, Any] | None
 
@@ -91,10 +91,14 @@ def select(passes: Selection) -> tuple[Pass[Any], ...]:
 
 
 def _as_pass(item: Any, known: Mapping[str, type[Pass[Any]]]) -> Pass[Any]:
-    if isinstance(item, Pass):
-        return item
     if isinstance(item, type) and issubclass(item, Pass):
-        return item()
+        item = item()
+    if isinstance(item, Pass):
+        if item.stage is Stage.CODE and item.name not in known:
+            raise InvalidRequestError(
+                f"{item.name} is to speak to the compiler, which only fxopt's own passes can; use another stage"
+            )
+        return item
     if isinstance(item, str):
         _known_name(item, known)
         return known[item]()

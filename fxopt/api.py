@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
 from fxopt.artifact.keys import Recipe
-from fxopt.compiler import Compiler, arena_outcome
+from fxopt.compiler import Compiler, arena_outcome, unplaceable
 from fxopt.engine import Engine, Limits
 from fxopt.errors import CaptureDiffersError, VerificationError, first_line
 from fxopt.judge import Judge
 from fxopt.lower import Backend, Compile
 from fxopt.model import make_fast
 from fxopt.outcome import Check
+from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.pipeline import Pipeline, Policy, judged_safely
 from fxopt.program import Program
@@ -27,6 +28,8 @@ from fxopt.progress import Progress
 from fxopt.report import Report
 from fxopt.request import Request, Verify
 from fxopt.rewrite import Pass
+from fxopt.stream_notes import streams_outcome, timed
+from fxopt.streaming import Streaming, admit_streams, moved
 from fxopt.weights import pack, packed_bytes
 
 log = logging.getLogger("fxopt")
@@ -83,6 +86,8 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     judge = None if request.verify == "off" else Judge(model, request.max_len)
     batch = request.max_batch or 1
     pipeline = Pipeline(passes, captured, Policy(request.strict, judge, request.verify == "each", batch))
+    admit_streams(pipeline.kept, captured.facts)
+    _insist_on_arena(pipeline, request.backend)
     report = pipeline.report(type(model).__name__)
     report.seconds = progress.seconds
     with progress.step("rewrite, verifying each pass" if request.verify == "each" else "rewrite"):
@@ -90,14 +95,18 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     if judge is not None:
         with progress.step("verify the graphs"):
             report.checks += pipeline.verify()
+    streams = None
+    if any(isinstance(one, OffloadWeights) for one in pipeline.kept):
+        with progress.step("move weights"):
+            streams = moved(pipeline.kept, pipeline.program, model)
     with progress.step("pack weights"):
         pipeline.program = pack(pipeline.program)
         report.packed_bytes = packed_bytes(pipeline.program)
 
-    engine = _compiled(pipeline, request.backend, request.limits, progress)
+    engine = _compiled(pipeline, request.backend, request.limits, progress, streams)
     if judge is not None:
         with progress.step("verify the compiled code"):
-            engine, checks = _verified(judge, engine, pipeline, request.backend, progress)
+            engine, checks = _verified(judge, engine, pipeline, request.backend, progress, streams)
         report.checks += checks
     for role in (engine.prefill_role(batch), engine.decode_role(batch)):
         lowered = engine.lowered(role)
@@ -106,7 +115,13 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         if lowered.launches is not None:
             report.launches[role.name] = lowered.launches
     report.graphs = engine.readiness()
-    _note_arena(report, pipeline, request.backend, engine)
+    _note_arena(report, pipeline, engine, request.backend)
+    if streams is not None and engine.ring is not None:
+        with progress.step("time streamed steps"):
+            report.streams = timed(streams, engine)
+    for rewriter in pipeline.kept:
+        if isinstance(rewriter, OffloadWeights):
+            pipeline.note(streams_outcome(rewriter, report.streams))
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
     recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)
@@ -114,44 +129,58 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     return make_fast(model, engine, lambda: symbolic, report, recipe)
 
 
-def _compiled(pipeline: Pipeline, backend: Backend, limits: Limits, progress: Progress) -> Engine:
+def _compiled(
+    pipeline: Pipeline, backend: Backend, limits: Limits, progress: Progress, streams: Streaming | None
+) -> Engine:
     """An engine whose prefill and decode graphs are compiled; other batch sizes follow on first use."""
-
     facts = pipeline.program.facts
-    compiler = Compiler(backend, pipeline.kept, facts, limits)
-    engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena)
+    if not any(isinstance(one, OffloadWeights) for one in pipeline.kept):
+        streams = None
+    compiler = Compiler(backend, pipeline.kept, facts, limits, streams, dumps=True)
+    ring = streams.ring if streams is not None else None
+    engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena, ring)
     for role in engine.first_roles():
         with progress.step(f"compile {role.name} for {role.sequences}"):
             engine.lowered(role)
     return engine
 
 
-def _note_arena(report: Report, pipeline: Pipeline, backend: Backend, engine: Engine) -> None:
+def _insist_on_arena(pipeline: Pipeline, backend: Backend) -> None:
+    """Say before any work is done that there can be no arena, if one was asked for."""
+    for rewriter in pipeline.kept:
+        if isinstance(rewriter, PlanMemory) and (reason := unplaceable(backend, pipeline.captured.facts.device)):
+            pipeline.cannot(rewriter, reason)
+
+
+def _note_arena(report: Report, pipeline: Pipeline, engine: Engine, backend: Backend) -> None:
     """Say what of the compiled code computes in the arena, if it was asked to."""
     for rewriter in pipeline.kept:
         if isinstance(rewriter, PlanMemory):
-            pipeline.note(arena_outcome(rewriter, backend, engine.compiled))
-            report.arenas = {
-                f"{role.name} for {role.sequences}": graph.arena
-                for role, graph in engine.compiled.items()
-                if graph.arena is not None
-            }
+            why_not = unplaceable(backend, pipeline.captured.facts.device)
+            pipeline.note(arena_outcome(rewriter, why_not, engine.compiled))
+    graphs = {f"{role.name} for {role.sequences}": graph.arena_use for role, graph in engine.compiled.items()}
+    report.arenas = {name: use for name, use in graphs.items() if use is not None}
 
 
 def _verified(
-    judge: Judge, engine: Engine, pipeline: Pipeline, backend: Backend, progress: Progress
+    judge: Judge,
+    engine: Engine,
+    pipeline: Pipeline,
+    backend: Backend,
+    progress: Progress,
+    streams: Streaming | None,
 ) -> tuple[Engine, list[Check]]:
     """Compare the compiled code with the stock model; find a decode pass that spoils it by trying without."""
     checks, complaint = _judged(judge, engine)
     if complaint is None:
         return engine, checks
-    for suspect in pipeline.decode_passes():
-        trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress)
+    for suspect in pipeline.suspects():
+        trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress, streams)
         checks, remaining = _judged(judge, trial)
         if remaining is None:
             pipeline.drop(suspect, complaint)
             pipeline.forget_decode()  # so that the report is about the graph that runs
-            return _compiled(pipeline, backend, engine.limits, progress), checks
+            return _compiled(pipeline, backend, engine.limits, progress, streams), checks
     raise VerificationError(
         f"the graphs agree with the stock model, but compiled by {backend} they do not: {complaint}. "
         'Try backend="aot_eager", and report it.'

@@ -21,7 +21,6 @@ class Arena:
         self.lock = threading.RLock()  # held while a graph runs in it
         self.generation = 0  # how often it has moved
         self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self._former: list[Tensor] = []
 
     @property
     def nbytes(self) -> int:
@@ -46,10 +45,8 @@ class Arena:
         return whole.as_strided(layout.sizes, layout.strides, offset // width + layout.offset)
 
     def _take(self, nbytes: int) -> None:
-        if self.device.type == "cuda" and self.generation:
-            self._former.append(self.memory)  # a step that was recorded in it goes on writing there
-        self.memory = self.memory[:0].clone()  # let go of the old one first
         with torch.inference_mode(False):  # a tensor made in that mode could not be written outside of it
+            self.memory = torch.empty(0, dtype=torch.uint8)  # let go of the old one first
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
 
@@ -58,35 +55,36 @@ class SharedArena:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.growths = 0  # how often a run needed more than was reserved
+        self.on_growth: Callable[[], None] = lambda: None
         self._reserved = 0
+        self._has_grown = False
         self._own = threading.local()
         self._lock = threading.Lock()
 
     @property
-    def reserved(self) -> int:
-        """The bytes that every thread's arena has from the start."""
-        return self._reserved
+    def nbytes(self) -> int:
+        """What this thread's arena takes: nothing before it has computed anything."""
+        return self._here.nbytes
 
     def reserve(self, nbytes: int) -> None:
         """Have at least so much in every arena that is used from now on."""
         with self._lock:
             self._reserved = max(self._reserved, nbytes)
 
-    def here(self) -> Arena:
-        """The arena of this thread."""
-        arena: Arena | None = getattr(self._own, "arena", None)
-        if arena is None:
-            arena = self._own.arena = Arena(self.device)
-        arena.reserve(self._reserved)
-        return arena
-
     def room(self, nbytes: int) -> Tensor:
         """The memory of this thread's arena, at least so much of it."""
-        arena = self.here()
-        if nbytes > arena.nbytes:
-            self._grow(arena, nbytes)
+        arena = self._here
+        if nbytes > self._reserved:
+            self._grow(nbytes)
+        if arena.nbytes < self._reserved:
+            arena.reserve(self._reserved)
         return arena.memory
+
+    def release(self) -> int:
+        """Give back this thread's arena; returns the bytes. The next run takes a new one."""
+        freed = self.nbytes
+        vars(self._own).clear()
+        return freed
 
     def running(self, code: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
         """Compiled code that computes in this arena."""
@@ -100,17 +98,26 @@ class SharedArena:
 
         return run
 
-    def _grow(self, arena: Arena, nbytes: int) -> None:
+    @property
+    def _here(self) -> Arena:
+        arena: Arena | None = getattr(self._own, "arena", None)
+        if arena is None:
+            arena = self._own.arena = Arena(self.device)
+        return arena
+
+    def _grow(self, nbytes: int) -> None:
+        """From now on for every thread: one that comes later need not find out again."""
         with self._lock:
-            self.growths += 1
-            first, planned = self.growths == 1, self._reserved
-        if first:
+            is_first, planned = not self._has_grown, self._reserved
+            self._has_grown = True
+            self._reserved = max(self._reserved, nbytes)
+        self.on_growth()
+        if is_first:
             warn(
                 f"a run needs an arena of {nbytes:,} bytes, but {planned:,} were planned; it grows now. Name the "
                 "largest shapes (max_batch of optimize, max_input_shapes of plan_memory) to have all memory from "
                 "the start"
             )
-        arena.reserve(nbytes)
 
 
 class _Now(threading.local):
@@ -124,6 +131,7 @@ _now = _Now()
 
 def room(nbytes: int, device: str) -> Tensor:
     """Memory for compiled code to compute in; this is what the code itself calls."""
-    if _now.arena is None:
+    arena = _now.arena
+    if arena is None or arena.device != torch.device(device):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return _now.arena.room(nbytes)
+    return arena.room(nbytes)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fxopt.activation_dag import activation_dag, dump
 from fxopt.activation_plan import plan_activations
@@ -18,6 +21,7 @@ from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
 from fxopt.shape_sets import ShapeSet, full_sets
 from fxopt.specialise import Role
+from fxopt.streaming import Streaming
 
 BATCH = 2  # sequences that memory is planned for where nobody named more
 
@@ -25,17 +29,32 @@ BATCH = 2  # sequences that memory is planned for where nobody named more
 class Compiler:
     """Makes specialised graphs run. With ``plan_memory`` all of them compute in one arena."""
 
-    def __init__(self, backend: Backend, passes: Iterable[Pass[Any]], facts: Facts, limits: Limits) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        passes: Iterable[Pass[Any]],
+        facts: Facts,
+        limits: Limits,
+        streams: Streaming | None = None,
+        *,
+        dumps: bool = False,
+    ) -> None:
         self.backend = backend
+        self.streams = streams  # that feed the layers, where offload_weights has moved their weights
         self._limits = limits
         self._planned = next((one for one in passes if isinstance(one, PlanMemory)), None)
-        self.arena = SharedArena(facts.device) if self._planned is not None and unplaceable(backend) is None else None
+        self._dumps = dumps  # a model that is loaded must not write where its folder says
+        has_arena = self._planned is not None and unplaceable(backend, facts.device) is None
+        self.arena = SharedArena(facts.device) if has_arena else None
 
     def __call__(self, program: Program, role: Role) -> Lowered:
         sets = self._shape_sets(program, role) if self._planned is not None else ()
-        self._dump(program, role, sets)
+        if self._dumps:
+            self._dump(program, role, sets)
+        chain = functools.partial(self.streams.chain, kind=role.name) if self.streams is not None else None
+        layered = program.facts.layered
         try:
-            return lower(program, self.backend, layered=program.facts.layered, arena=self.arena, shape_sets=sets)
+            return lower(program, self.backend, layered=layered, arena=self.arena, shape_sets=sets, chain=chain)
         except RuntimeError as error:
             raise LoweringError(
                 f"{self.backend} failed to compile the {role.name} graph for {role.sequences}: {first_line(error)} "
@@ -48,7 +67,8 @@ class Compiler:
         batch = role.batch or max(self._limits.max_batch or BATCH, 2)
         asked = (self._planned.max_input_shapes or {}).get(role.name, ())
         fitting = [each for each in asked if (each.get("batch", batch) == 1) == (role.batch == 1)]
-        return full_sets(role.name, program, fitting, role.longest_step, batch)
+        logits = role.longest_step if role.all_logits else 1
+        return full_sets(role.name, program, fitting, role.longest_step, batch, logits)
 
     def _dump(self, program: Program, role: Role, sets: Sequence[ShapeSet]) -> None:
         if self._planned is None or self._planned.dump_activation_dag is None:
@@ -62,20 +82,22 @@ class Compiler:
             raise InvalidRequestError(f"dump_activation_dag={str(path)!r} cannot be written: {error}") from error
 
 
-def unplaceable(backend: Backend) -> str | None:
+def unplaceable(backend: Backend, device: torch.device) -> str | None:
     """Why ``plan_memory`` can place nothing, or None."""
     if backend != "inductor":
         return f"it places what Inductor's code computes, and backend={backend!r} makes none"
+    if device.type == "cuda":  # they go with the buffers from thread to thread, and an arena stays in its own
+        return "a decode step is recorded as a CUDA graph, and recordings do not hold on to an arena yet"
     from fxopt.inductor_arena import missing
 
     return missing()
 
 
-def arena_outcome(rewriter: PlanMemory, backend: Backend, graphs: Mapping[Role, Lowered]) -> Outcome:
+def arena_outcome(rewriter: PlanMemory, why_not: str | None, graphs: Mapping[Role, Lowered]) -> Outcome:
     """What ``plan_memory`` came to: a place for every piece whose buffers it placed."""
-    found = Outcome(rewriter.name, rewriter.stage.value, rewriter.summary, dropped=unplaceable(backend))
+    found = Outcome(rewriter.name, rewriter.stage.value, rewriter.summary, dropped=why_not)
     for role, graph in graphs.items():
-        for number, placed in enumerate(graph.arena.pieces if graph.arena is not None else ()):
+        for number, placed in enumerate(graph.arena_use.pieces if graph.arena_use is not None else ()):
             piece = f"{role.name} for {role.sequences}, piece {number}"
             if placed is None:
                 found.refused.append(Spot(piece, "", None, "Inductor placed the buffers of this piece itself"))

@@ -19,7 +19,7 @@ from fxopt.program import Program
 from fxopt.progress import Progress
 from fxopt.reproduction import Reproduction
 from fxopt.request import Request
-from fxopt.rewrite import Pass
+from fxopt.rewrite import Pass, Stage
 from fxopt.smallest import smallest
 
 log = logging.getLogger("fxopt")
@@ -68,7 +68,7 @@ def bisect(
     """Find the passes, and their places, with which ``check(fast)`` is false or raises.
 
     Nothing is verified meanwhile, so that the check is the only judge. Passes for compiled code
-    (``fxopt passes`` marks them "decode") only act with ``backend="inductor"``.
+    (``fxopt passes`` marks them "decode" or "code") only act with ``backend="inductor"``.
     """
     request = Request(max_len, backend=backend, verify="off", chunk=chunk)
     admit(model, request)
@@ -139,7 +139,7 @@ def _narrowed(rewriter: Pass[Any], others: list[Pass[Any]], trials: _Trials) -> 
     trials.fail([*others, rewriter])
     outcome = trials.fast.fxopt.report[rewriter.name]
     numbers = range(outcome.matched + len(outcome.refused))
-    if len(numbers) < 2:
+    if len(numbers) < 2 or rewriter.stage is Stage.CODE:  # which has pieces of code instead of places in a graph
         return rewriter, ()
     numbers_left = smallest(numbers, lambda part: trials.fail([*others, Only(rewriter, tuple(part))]))
     if len(numbers_left) == len(numbers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from fxopt.arena_memory import SharedArena
 from fxopt.cache import BufferCache, BufferPool
 from fxopt.errors import InvalidRequestError
 from fxopt.lower import Lowered
+from fxopt.offload.ring import Ring
 from fxopt.program import (
     ATTENTION_MASK,
     CACHE_POSITION,
@@ -43,10 +45,16 @@ class Engine:
     """The running model. ``source`` makes the callable of a role when it is first needed."""
 
     def __init__(
-        self, facts: Facts, source: Callable[[Role], Lowered], limits: Limits, arena: SharedArena | None = None
+        self,
+        facts: Facts,
+        source: Callable[[Role], Lowered],
+        limits: Limits,
+        arena: SharedArena | None = None,
+        ring: Ring | None = None,
     ) -> None:
         self.facts = facts
         self.arena = arena  # that the graphs compute in, where plan_memory gave them one
+        self.ring = ring  # that weights are streamed through, where offload_weights has moved them
         self.limits = limits
         self.pool = BufferPool(facts, largest=limits.max_batch, most_bytes=limits.max_cache_bytes)
         self.stats: Counter[str] = Counter()
@@ -55,6 +63,8 @@ class Engine:
         self._lowered: dict[Role, Lowered] = {}
         self._lock = threading.RLock()
         self._rows = torch.arange(facts.capacity, device=facts.device)
+        if arena is not None:
+            arena.on_growth = functools.partial(self.count, "arena grown")
 
     def new_cache(self, batch: int) -> BufferCache:
         return BufferCache(self.pool, self.facts, batch)

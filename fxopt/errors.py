@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
 
 class FxoptError(Exception):
@@ -49,9 +50,14 @@ _BETWEEN = {"fxopt", "torch", "transformers", "contextlib"}
 def warn(sentence: str) -> None:
     """A warning that points at the user's line, however deep below it the reason was found."""
     depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in _BETWEEN:
+    while frame.f_back is not None and _package(frame) in _BETWEEN:
         depth, frame = depth + 1, frame.f_back
     warnings.warn(sentence, stacklevel=depth + 1)  # level 1 is this function itself
+
+
+def _package(frame: FrameType) -> str:
+    """Of the code of a frame; code that PyTorch has written may have no name."""
+    return str(frame.f_globals.get("__name__") or "torch").partition(".")[0]
 
 
 def first_line(error: BaseException) -> str:

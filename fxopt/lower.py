@@ -7,6 +7,7 @@ of buffers, sees weights that are updated in place, and holds no memory of its o
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import threading
 from collections import Counter
@@ -21,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from fxopt.arena_memory import SharedArena
 from fxopt.chain import Chain, Code, Plan, Step
+from fxopt.errors import first_line
 from fxopt.in_place import InPlaceProof, prove_in_place
 from fxopt.outline import Region, outline
 from fxopt.placement import ArenaUse, placement
@@ -33,6 +35,10 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 Compile = Literal["auto", "layer", "whole"]
 COMPILES: tuple[str, ...] = get_args(Compile)
+
+#: Makes a chain of a plan, the code of its pieces and its weights.
+ChainMaker = Callable[[Plan, Sequence[Code], Sequence[Tensor]], Chain]
+log = logging.getLogger("fxopt")
 
 _lock = threading.Lock()  # Inductor's configuration and tracing context are process-wide
 
@@ -48,7 +54,7 @@ class Lowered:
     windowed: bool  # whether it takes a mask of any length, or one over the whole buffers
     proof: InPlaceProof | None = None
     launches: int | None = None  # kernels and library calls of one run, where the compiler says
-    arena: ArenaUse | None = None  # that it computes in, if one was asked for
+    arena_use: ArenaUse | None = None  # where one was asked for
 
     @property
     def program(self) -> Program:
@@ -79,10 +85,12 @@ def lower(
     layered: bool = False,
     arena: SharedArena | None = None,
     shape_sets: Sequence[ShapeSet] = (),
+    chain: ChainMaker | None = None,
 ) -> Lowered:
     """Compile one specialised program, in one piece or layer by layer.
 
-    With an ``arena`` Inductor's code computes in there, by a plan for ``shape_sets``.
+    With an ``arena`` Inductor's code computes in there, by a plan for ``shape_sets``. ``chain`` puts the pieces in a
+    row in another way.
     """
     regions = outline(program, layered=layered and backend != "eager")
     plan, distinct = planned(program, regions)
@@ -90,9 +98,14 @@ def lower(
     windowed = isinstance(shape(program.placeholders()[ATTENTION_MASK])[1], torch.SymInt)
     if backend == "eager":
         return Lowered(lambda: program, Chain(plan, [distinct[0].module]), plan, weights, windowed)
-    with compiling(program), _placing(program, arena, shape_sets):
-        compiled = [_compiled(region, backend) for region in distinct]
-    call: Code = Chain(plan, [piece.call for piece in compiled])
+    with compiling(program):
+        if arena is None:
+            compiled = [_compiled(region, backend) for region in distinct]
+        else:
+            numbers = [Axes(program).numbers(shapes).by_symbol for shapes in shape_sets]
+            compiled = [_compiled_into(region, arena.device, numbers) for region in distinct]
+    codes = [piece.call for piece in compiled]
+    call: Code = Chain(plan, codes) if chain is None else chain(plan, codes, weights)
     use = None
     if arena is not None:
         handed_on = max(plan.most_alive(_bytes(program, regions, plan, shapes)) for shapes in shape_sets)
@@ -102,22 +115,11 @@ def lower(
         arena.reserve(use.arena)
         call = arena.running(call)
     if not all(piece.text and piece.source for piece in compiled):
-        return Lowered(lambda: program, call, plan, weights, windowed, arena=use)
+        return Lowered(lambda: program, call, plan, weights, windowed, arena_use=use)
     runs = [compiled[step.piece] for step in plan.steps]
     proof = _proof(program, [piece.text for piece in runs])
     launches = sum(count_launches(piece.source) for piece in runs)
     return Lowered(lambda: program, call, plan, weights, windowed, proof, launches, use)
-
-
-def _placing(
-    program: Program, arena: SharedArena | None, shape_sets: Sequence[ShapeSet]
-) -> contextlib.AbstractContextManager[None]:
-    if arena is None:
-        return contextlib.nullcontext()
-    from fxopt.inductor_arena import in_one_arena
-
-    axes = Axes(program)
-    return in_one_arena([axes.numbers(shapes).by_symbol for shapes in shape_sets])
 
 
 def _bytes(program: Program, regions: Sequence[Region], plan: Plan, shapes: ShapeSet) -> dict[int, int]:
@@ -177,6 +179,18 @@ def _compiled(region: Region, backend: Backend) -> _Compiled:
 
         return _Compiled(aot_eager(region.module, region.examples))
     return _inductor(region)
+
+
+def _compiled_into(region: Region, device: torch.device, sizes: Sequence[Mapping[str, int]]) -> _Compiled:
+    """A piece that computes in an arena; as Inductor does it by itself, if that fails."""
+    from fxopt.inductor_arena import Wanted, in_one_arena
+
+    try:
+        with in_one_arena(Wanted(device, sizes)):
+            return _inductor(region)
+    except RuntimeError as error:  # Inductor's words for whatever went wrong within
+        log.warning("a piece is compiled without the arena: %s", first_line(error))
+        return _inductor(region)
 
 
 def _inductor(region: Region) -> _Compiled:

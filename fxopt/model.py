@@ -26,7 +26,8 @@ from fxopt.artifact.saving import save
 from fxopt.call import depth_of, read_call
 from fxopt.decode_loop import decode, obstacle
 from fxopt.engine import Engine
-from fxopt.errors import InvalidRequestError
+from fxopt.errors import ArtifactError, InvalidRequestError
+from fxopt.offload.ring import Counters
 from fxopt.program import Program
 from fxopt.report import Report
 from fxopt.weights import WeightWatch
@@ -46,13 +47,21 @@ class Handle:
         recipe: Recipe,
     ) -> None:
         self.engine = engine
-        self.report = report
+        self._report = report
         self._model = model
         self._symbolic = symbolic
         self._recipe = recipe
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.watch = WeightWatch(model)
         self.depth = depth_of(model.config)
+
+    @property
+    def report(self) -> Report:
+        """What was rewritten and why; where weights are streamed, also what that has cost so far."""
+        ring = self.engine.ring
+        if ring is not None and self._report.streams is not None:
+            self._report.streams.measured = ring.kinds
+        return self._report
 
     @property
     def symbolic(self) -> Program:
@@ -67,6 +76,8 @@ class Handle:
         if not isinstance(folder, str | os.PathLike):
             raise InvalidRequestError(f"folder={folder!r} is no path; give a folder to save to")
         self.watch.check()
+        if self.engine.ring is not None:
+            raise ArtifactError("a model whose weights are streamed cannot be saved yet; leave offload_weights out")
         save(Path(folder), self._model, self.engine, self.symbolic, self.report, self._recipe)
 
     @property
@@ -82,9 +93,10 @@ class Handle:
     @property
     def stats(self) -> Counter[str]:
         """How many steps ran on which graph, and how many on the eager model and why."""
-        arena = self.engine.arena
-        grown = arena.growths if arena is not None else 0
-        return self.engine.stats + Counter({"arena grown": grown})  # a sum leaves out what is 0
+        ring = self.engine.ring
+        if ring is not None:
+            self.engine.stats |= moved_so_far(ring.counters)
+        return self.engine.stats
 
     @property
     def kv_bytes(self) -> int:
@@ -93,13 +105,16 @@ class Handle:
 
     @property
     def arena_bytes(self) -> int:
-        """Memory that this thread computes in, where ``plan_memory`` has placed what compiled code keeps."""
-        arena = self.engine.arena
-        return arena.here().nbytes if arena is not None else 0
+        """Memory that this thread has computed in, where ``plan_memory`` has placed what compiled code keeps."""
+        return self.engine.arena.nbytes if self.engine.arena is not None else 0
 
     def release(self) -> int:
-        """Give back the memory of buffers that no cache is using; returns the bytes. The next call allocates anew."""
-        return self.engine.pool.release()
+        """Give back the memory of buffers that no cache is using, and of this thread's arena; returns the bytes.
+
+        The next call allocates anew.
+        """
+        arena = self.engine.arena
+        return self.engine.pool.release() + (arena.release() if arena is not None else 0)
 
 
 def make_fast(model: Model, engine: Engine, symbolic: Callable[[], Program], report: Report, recipe: Recipe) -> Model:
@@ -232,6 +247,12 @@ class FastModel:
         _check_batch(self.fxopt.engine, batch_size * copies)
         model_kwargs["past_key_values"] = self.fxopt.engine.new_cache(batch_size * copies)
         return None
+
+
+def moved_so_far(counted: Counters) -> Counter[str]:
+    """What streaming weights has come to, for ``stats``."""
+    found = {"layers read": counted.reads, "weight bytes read": counted.nbytes, "layers waited for": counted.waits}
+    return Counter({**found, "milliseconds waited for": int(1000 * counted.exposed)})
 
 
 def _kept(keep: int | Tensor, tokens: int) -> int:

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from fxopt.activation_dag import FILE, activation_dag, dump
 from fxopt.activation_plan import ActivationPlan
+from fxopt.errors import InvalidRequestError
 from fxopt.memory import draw_beside, plan
 from fxopt.memory.planner import Solver, Status
 from fxopt.memory.sets import Merge
@@ -98,7 +99,10 @@ class ModelPlan:
 
     def __getitem__(self, name: str) -> GraphPlan:
         """A graph by its name."""
-        return next(graph for graph in self.graphs if graph.name == name)
+        known = {graph.name: graph for graph in self.graphs}
+        if name not in known:
+            raise InvalidRequestError(f"no graph {name!r} was planned; there are {', '.join(known)}")
+        return known[name]
 
     def __str__(self) -> str:
         headers = ["graph", "shapes"]

@@ -34,7 +34,7 @@ class Only(Pass[Numbered]):
     sites: Collection[int]
 
     def __post_init__(self) -> None:
-        for attribute in ("name", "summary", "stage", "required", "after"):
+        for attribute in ("name", "summary", "stage", "required", "by_default", "after"):
             object.__setattr__(self, attribute, getattr(self.inner, attribute))
 
     def expected(self, program: Program) -> int | None:

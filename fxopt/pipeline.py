@@ -81,11 +81,14 @@ class Pipeline:
     def note(self, outcome: Outcome) -> None:
         """Keep what a pass came to that speaks to the compiler."""
         self._outcomes[outcome.name] = outcome
-        if outcome.dropped is not None:
-            if self.policy.strict:
-                raise RewriteError(f"{outcome.name} can do nothing: {outcome.dropped}")
-            warn(f"{outcome.name} can do nothing: {outcome.dropped}; fxopt goes on without it")
-        self._insist(outcome)
+        if outcome.dropped is None:
+            self._insist(outcome)
+
+    def cannot(self, rewriter: Pass[Any], reason: str) -> None:
+        """Say that a pass can do nothing here, or raise where all of them are insisted on."""
+        if self.policy.strict:
+            raise RewriteError(f"{rewriter.name} can do nothing: {reason}")
+        warn(f"{rewriter.name} can do nothing: {reason}; fxopt goes on without it")
 
     def forget_judge(self) -> None:
         """Graphs for other batch sizes are made later; what the stock model said need not live on for them."""
@@ -95,6 +98,8 @@ class Pipeline:
         """Apply every pass for the symbolic graph."""
         judged = self.policy.judge.graph if self.policy.judge is not None else None
         self._exact = None
+        for rewriter in self._kept(Stage.CODE):
+            self._outcomes[rewriter.name] = Outcome(rewriter.name, rewriter.stage.value, rewriter.summary)
         self._begin(Outcome("capture", "capture", "the model's own code as one graph"), self.captured, judged)
         self.program = self._apply(self.captured, self._kept(Stage.SYMBOLIC), judged)
 
@@ -164,11 +169,14 @@ class Pipeline:
         for name in ("specialise", *(p.name for p in self._kept(Stage.DECODE))):
             self._outcomes.pop(name, None)
 
-    def decode_passes(self) -> list[Pass[Any]]:
-        """The passes still applied to decode graphs that changed something there, and to the compiler."""
+    def suspects(self) -> list[Pass[Any]]:
+        """Who may be at fault if the graphs are right and compiled code is not.
+
+        What speaks to the compiler comes first, since it concerns every graph; then what changed decode graphs.
+        """
         kept = self._kept(Stage.DECODE)
         changed = [p for p in kept if p.name in self._outcomes and self._outcomes[p.name].changed_something]
-        return [*changed, *self._kept(Stage.CODE)]
+        return [*self._kept(Stage.CODE), *changed]
 
     def _names(self, stage: Stage) -> list[str]:
         return [p.name for p in self.passes if p.stage is stage]
@@ -261,8 +269,7 @@ class Pipeline:
     def _go_on_without(self, rewriter: Pass[Any], sentence: str, why: str) -> None:
         warn(f"{sentence}; fxopt goes on without it")
         self._dropped[rewriter.name] = why
-        blank = Outcome(rewriter.name, rewriter.stage.value, rewriter.summary)  # what speaks to the compiler has none
-        self._outcomes.setdefault(rewriter.name, blank).dropped = why
+        self._outcomes[rewriter.name].dropped = why
 
 
 def judged_safely(judge: Callable[[Subject], Verdict], subject: Subject) -> Verdict:

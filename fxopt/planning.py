@@ -13,7 +13,7 @@ from fxopt.errors import InvalidRequestError
 from fxopt.memory.planner import BUDGET_S, Solver
 from fxopt.memory.sets import Merge
 from fxopt.model_plan import GraphPlan, ModelPlan
-from fxopt.shape_sets import ShapeSet, full_sets
+from fxopt.shape_sets import ShapeSet, full_sets, sets_by_graph
 from fxopt.specialise import Role
 from fxopt.weightless import ModelSource, rewritten, uncollected
 
@@ -67,11 +67,10 @@ def _asked(shapes: Mapping[str, Sequence[ShapeSet]] | None) -> dict[str, Sequenc
     """The sets of each graph that is to be planned."""
     if shapes is None:
         return {name: () for name in GRAPHS}
-    if unknown := [name for name in shapes if name not in GRAPHS]:
-        raise InvalidRequestError(f"there is no graph {unknown[0]!r} to plan; there are {' and '.join(GRAPHS)}")
-    if not shapes:
+    found = sets_by_graph(shapes, tuple(GRAPHS))
+    if not found:
         raise InvalidRequestError(f"there is no graph to plan in shapes; name {' or '.join(GRAPHS)}")
-    return {name: shapes[name] for name in GRAPHS if name in shapes}
+    return {name: found[name] for name in GRAPHS if name in found}
 
 
 def _sequences(graph: str, asked: Sequence[ShapeSet], batch: int) -> int:

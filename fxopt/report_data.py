@@ -11,6 +11,7 @@ from typing import Any
 from fxopt.changes import Group, changes, unified
 from fxopt.errors import InvalidRequestError
 from fxopt.in_place import InPlaceProof
+from fxopt.offload.use import StreamUse
 from fxopt.outcome import Check, Outcome
 from fxopt.placement import ArenaUse
 
@@ -37,6 +38,7 @@ class ReportData:
     launches: dict[str, int] = field(default_factory=dict)  # of the compiled code, by role
     graphs: dict[str, str] = field(default_factory=dict)  # for how many sequences: which are ready
     arenas: dict[str, ArenaUse] = field(default_factory=dict)  # of each compiled graph
+    streams: StreamUse | None = None  # of weights, where offload_weights has moved some
     packed_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 

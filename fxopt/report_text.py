@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from tabulate import tabulate
 
 from fxopt.changes import ranges
+from fxopt.offload.use import StreamUse
 from fxopt.outcome import Outcome, Spot
 from fxopt.placement import ArenaUse
 from fxopt.report_data import ReportData
@@ -133,6 +134,8 @@ def _closing(report: ReportData) -> Iterator[str]:
         lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     for line in lines:
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="    ")
+    if report.streams is not None:
+        yield from _streams(report.streams)
 
 
 def _arena(graphs: Sequence[ArenaUse]) -> str:
@@ -143,6 +146,32 @@ def _arena(graphs: Sequence[ArenaUse]) -> str:
         f"one arena: {size(arena)}B{ratio}, for {sum(len(piece.buffers) for piece in pieces)} buffers in {len(pieces)} "
         f"pieces of code; besides, up to {size(max(graph.handed_on for graph in graphs))}B that pieces hand on"
     )
+
+
+def _streams(use: StreamUse) -> Iterator[str]:
+    placed = use.placement
+    where = "memory of the host" if use.store == "cpu" else "disk"
+    own = f", {size(use.in_place)}B of them in the model's own files" if use.in_place else ""
+    yield from textwrap.wrap(
+        f"weights: {len(placed.offloaded)} of {len(placed.sizes)} layers are streamed from {where} "
+        f"({size(placed.moved)}B a step{own}) through {placed.slots} slots of {size(placed.slot_bytes)}B; weights take "
+        f"{size(placed.device_bytes)}B",
+        WIDTH,
+        subsequent_indent="    ",
+    )
+    yield from (f"    {line}" for line in use.schedule)
+    if use.predicted is not None:
+        yield (
+            f"    a decode step, predicted at {use.bandwidth / 2**30:.2f} GiB/s: {_ms(use.predicted.step)}, "
+            f"{_ms(use.predicted.exposed)} of it waiting, {_ms(use.predicted.hidden)} of copying hidden"
+        )
+    for kind, steps in use.measured.items():
+        each = _ms(steps.seconds / steps.count), _ms(steps.exposed / steps.count)
+        yield f"    {kind}, measured over {steps.count} steps: {each[0]}, {each[1]} of it waiting"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 def _told(stage: Outcome) -> list[Spot]:

@@ -128,7 +128,7 @@ def shapes_of_inputs(program: Program, shapes: ShapeSet) -> dict[str, list[int]]
     }
 
 
-def default_shape_sets(program: Program, chunk: int = 256, batch: int = 1) -> list[ShapeSet]:
+def default_shape_sets(program: Program, chunk: int = 256, batch: int = 1, logits: int = 1) -> list[ShapeSet]:
     """A first and a last chunk for a graph that takes many tokens; some windows for one that takes one."""
     axes, facts = Axes(program), program.facts
     step = min(chunk, facts.max_len) if "step" in axes.free else axes.bound("step") or 1
@@ -142,19 +142,36 @@ def default_shape_sets(program: Program, chunk: int = 256, batch: int = 1) -> li
         windows = [min(window, facts.capacity) for window in windows]
     found: list[ShapeSet] = []
     for window in dict.fromkeys(windows):
-        sizes = {"batch": batch, "step": step, "logits": 1, "past": max(1, window - step), "window": window}
+        sizes = {"batch": batch, "step": step, "past": max(1, window - step), "window": window}
+        sizes["logits"] = min(logits, step)
         found.append({axis: sizes[axis] for axis in axes.free})
     return found
 
 
+def sets_by_graph(shapes: Any, graphs: Sequence[str]) -> dict[str, tuple[ShapeSet, ...]]:
+    """Sets of shapes for some of these graphs, if that is what was given."""
+    form = 'give sets by graph, such as {"prefill": [{"step": 64}]}'
+    if not isinstance(shapes, Mapping):
+        raise InvalidRequestError(f"the shapes {shapes!r} are no mapping; {form}")
+    found: dict[str, tuple[ShapeSet, ...]] = {}
+    for name, sets in shapes.items():
+        if name not in graphs:
+            raise InvalidRequestError(f"there is no graph {name!r} to plan; there are {', '.join(graphs)}")
+        is_list = isinstance(sets, Sequence) and not isinstance(sets, str)
+        if not is_list or not all(isinstance(each, Mapping) for each in sets):
+            raise InvalidRequestError(f"the shapes of {name} are {sets!r}, which is no list of sets; {form}")
+        found[name] = tuple(dict(each) for each in sets)
+    return found
+
+
 def full_sets(
-    graph: str, program: Program, asked: Sequence[ShapeSet], chunk: int = 256, batch: int = 1
+    graph: str, program: Program, asked: Sequence[ShapeSet], chunk: int = 256, batch: int = 1, logits: int = 1
 ) -> tuple[ShapeSet, ...]:
     """Every set with a number for each axis: what it leaves out is as in the largest of the usual sets.
 
     Those are what a graph without sets has. ``graph`` is its name, for sentences.
     """
-    usual = default_shape_sets(program, chunk, batch)
+    usual = default_shape_sets(program, chunk, batch, logits)
     if not asked:
         return tuple(usual)
     axes = Axes(program)

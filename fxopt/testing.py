@@ -26,7 +26,7 @@ from fxopt.families import tiny
 from fxopt.judge import Judge
 from fxopt.listing import readable
 from fxopt.outcome import Outcome
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES, PASSES
 from fxopt.program import Program, whole_windows
 from fxopt.registry import Placed, ordered
 from fxopt.rewrite import Pass, Stage
@@ -83,7 +83,7 @@ def graph_of(model: Model, passes: Iterable[Pass[Any]] | None = None, *, stage: 
     It is shared by all who ask for the same: look at it, and edit a ``copy()``.
     """
     if passes is None:
-        passes = [kind() for kind in PASSES if kind.by_default and kind.stage in (Stage.SYMBOLIC, stage)]
+        passes = [kind() for kind in DEFAULT_PASSES if kind.stage in (Stage.SYMBOLIC, stage)]
     return _graph(model, tuple(passes), stage)
 
 

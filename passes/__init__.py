@@ -10,6 +10,7 @@ from fxopt.passes.fuse_qkv import FuseQKV
 from fxopt.passes.grouped_attention import GroupedAttention
 from fxopt.passes.last_logits import LastLogits
 from fxopt.passes.matvec import Matvec
+from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.passes.quantize_kv import QuantizeKV
 from fxopt.passes.remove_control_flow import RemoveControlFlow
@@ -31,4 +32,8 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     DecodeAttention,
     Matvec,
     PlanMemory,
+    OffloadWeights,
 )
+
+#: What is applied where nobody asks for more or less.
+DEFAULT_PASSES = tuple(kind for kind in PASSES if kind.by_default)

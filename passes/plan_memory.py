@@ -6,7 +6,8 @@
 All compiled graphs of a model share the arena, prefill and decode and every layer, since they never
 run at the same time; a thread has its own. Nothing in a graph changes: the compiler is asked to
 place its buffers where the plan says. It costs no time and saves none on a CPU. What it gives is a
-bound that is known beforehand, and no allocation in a step but for what one piece hands to the next.
+bound that is known beforehand, and fewer allocations: what one piece hands to the next, and the
+results that libraries make for themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 from fxopt.errors import InvalidRequestError
 from fxopt.rewrite import Pass, Stage
+from fxopt.shape_sets import sets_by_graph
 
 GRAPHS = ("prefill", "decode", "verify", "score")  # that a model runs as
 
@@ -35,11 +37,7 @@ class PlanMemory(Pass[Any]):
     dump_activation_dag: str | None = None
 
     def __post_init__(self) -> None:
-        if self.max_input_shapes is None:
-            return
-        if unknown := [name for name in self.max_input_shapes if name not in GRAPHS]:
-            raise InvalidRequestError(
-                f"max_input_shapes speaks of a graph {unknown[0]!r}; there are {', '.join(GRAPHS)}"
-            )
-        shapes = {name: tuple(map(dict, sets)) for name, sets in self.max_input_shapes.items()}
-        object.__setattr__(self, "max_input_shapes", shapes)
+        if self.max_input_shapes is not None:
+            object.__setattr__(self, "max_input_shapes", sets_by_graph(self.max_input_shapes, GRAPHS))
+        if not isinstance(self.dump_activation_dag, str | None):
+            raise InvalidRequestError(f"dump_activation_dag={self.dump_activation_dag!r} is no path of a file")

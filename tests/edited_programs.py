@@ -17,7 +17,7 @@ from fxopt.driver import apply
 from fxopt.families import VOCABULARY, tiny
 from fxopt.listing import readable
 from fxopt.outcome import Outcome
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES
 from fxopt.passes.remove_control_flow import RemoveControlFlow
 from fxopt.passes.static_kv import StaticKV
 from fxopt.program import (
@@ -58,8 +58,8 @@ def static(family: str = "llama", **changes: Any) -> Program:
 def decode(batch: int = 1, backend: str = "inductor") -> Program:
     """The graph of one new token, as the decode passes get it."""
     program = captured()
-    for kind in PASSES[1:]:
-        if kind.stage is Stage.SYMBOLIC and kind.by_default:
+    for kind in DEFAULT_PASSES[1:]:
+        if kind.stage is Stage.SYMBOLIC:
             program, _ = apply(kind(), program)
     program = specialise(program, Role("decode", batch, longest_step=1))
     return dataclasses.replace(program, facts=dataclasses.replace(program.facts, backend=backend))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxopt.families import tiny
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES
 from fxopt.pipeline import Pipeline, Policy
 from fxopt.program import (
     ATTENTION_MASK,
@@ -33,7 +33,7 @@ def captured(family: str, layers: int = 2) -> Program:
 
 @cache
 def rewritten(family: str, layers: int = 2) -> Pipeline:
-    pipeline = Pipeline([kind() for kind in PASSES if kind.by_default], captured(family, layers), Policy())
+    pipeline = Pipeline([kind() for kind in DEFAULT_PASSES], captured(family, layers), Policy())
     pipeline.run()
     pipeline.program = pack(pipeline.program)
     return pipeline

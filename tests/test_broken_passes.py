@@ -29,7 +29,7 @@ from torch import Tensor
 import fxopt
 from fxopt.errors import VerificationError
 from fxopt.families import tiny
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES
 from fxopt.program import Program
 from fxopt.rewrite import Pass
 
@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, Pass[Any], str]] = {
 
 def selection(broken: Pass[Any]) -> list[Any]:
     """Every pass, with the broken one in its place or beside them."""
-    return [*(kind for kind in PASSES if kind.by_default and kind.name != broken.name), broken]
+    return [*(kind for kind in DEFAULT_PASSES if kind.name != broken.name), broken]
 
 
 def tokens(model: Any) -> list[list[int]]:
@@ -178,7 +178,7 @@ class WrongAtTheEnd(Pass[Any]):
 def test_a_pass_without_sites_is_judged_too(verify: Any) -> None:
     stock = tiny("llama")
     with pytest.warns(UserWarning, match="with wrong_at_the_end applied, .*logits"):
-        fast = fxopt.optimize(stock, MAX_LEN, passes=[*PASSES, WrongAtTheEnd()], backend="eager", verify=verify)
+        fast = fxopt.optimize(stock, MAX_LEN, passes=[*DEFAULT_PASSES, WrongAtTheEnd()], backend="eager", verify=verify)
     assert tokens(fast) == tokens(stock)
 
 

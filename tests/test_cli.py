@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fxopt.cli import main
 from fxopt.cli.options import add_passes, selection
 from fxopt.families import tiny
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES, PASSES
 
 PROMPT = "w5 w17 w40"
 NEW = 12
@@ -87,9 +87,10 @@ def test_a_pass_that_is_off_by_default_has_a_flag_to_add_it() -> None:
         add_passes(parser)
         return {one.name for one in selection(parser.parse_args(flags))}
 
-    assert set(_names()) - chosen() == {"plan_memory", "quantize_kv"}
-    assert chosen("--plan-memory", "--quantize-kv") == set(_names())
-    assert chosen("--plan-memory", "--quantize-kv", "--no-rotary") == set(_names()) - {"rotary"}
+    added = ("--plan-memory", "--offload-weights", "--quantize-kv")
+    assert set(_names()) - chosen() == {"plan_memory", "offload_weights", "quantize_kv"}
+    assert chosen(*added) == set(_names())
+    assert chosen(*added, "--no-rotary") == set(_names()) - {"rotary"}
     assert "plan_memory" in chosen("--passes", "minimal", "--plan-memory")
 
 
@@ -207,7 +208,7 @@ def test_generate_with_a_report(folder: Path, answer: str, capsys: pytest.Captur
     assert "LlamaForCausalLM, max_len 32, backend eager" in printed.err
     assert "verified the graphs" in printed.err
     first_words = {line.split()[0] for line in printed.err.splitlines() if line.strip()}
-    assert set(_names()) - first_words == {"fuse_qkv", "plan_memory", "quantize_kv"}
+    assert set(_names()) - first_words == {"fuse_qkv", "plan_memory", "offload_weights", "quantize_kv"}
 
 
 @pytest.mark.parametrize("passes", ["minimal", "fuse_gate_up"])
@@ -251,7 +252,7 @@ def test_explain(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["explain", str(folder), "--max-len", "64", "--save-report", str(page)]) == 0
     printed = capsys.readouterr()
     assert "One decode step, batch 1, 32 rows of the cache filled" in printed.out
-    assert all(name in printed.out for name in _names())
+    assert all(kind.name in printed.out for kind in DEFAULT_PASSES)
     assert page.read_text().startswith("<!doctype html>")
     assert main(["explain", str(folder), "--max-len", "64", "--json", "--batch", "4", "--no-rotary"]) == 0
     data = json.loads(capsys.readouterr().out)

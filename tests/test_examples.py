@@ -23,6 +23,14 @@ RUNS = {
     "write_a_pass.py": ([], "wrong_norm was dropped"),
     "plan_memory.py": (["--svg", f"{TINY}/plan.svg"], "operators compared, 0 differ"),
     "peak_memory.py": (["--layers", "2", "--backend", "eager"], "peak / (weights + KV buffers)"),
+    "resident_memory.py": (
+        ["--layers", "3", "--hidden", "72", "--max-len", "600"],
+        "planned / Inductor's peak: ",
+    ),
+    "offload_weights.py": (
+        ["--layers", "4", "--hidden", "64", "--budget", "1200kB", "--backend", "aot_eager", "--new", "3"],
+        "the same tokens; 1 MiB read per token",
+    ),
     "decode_speed.py": (
         ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],
         "stock eager",

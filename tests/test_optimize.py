@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fxopt
 from fxopt.families import tiny
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES
 from fxopt.passes.fuse_qkv import FuseQKV
 
-DEFAULT = [kind for kind in PASSES if kind.by_default]
 TOKENS = torch.arange(3, 12)[None]
 
 
@@ -103,7 +102,9 @@ def test_report_as_data_and_as_text(fast: Any) -> None:
     report = fast.fxopt.report
     data = json.loads(json.dumps(report.to_dict()))
     rows = {row["name"]: row for row in data["stages"]}
-    assert [name for name in rows if rows[name]["stage"] in ("symbolic", "decode")] == [kind.name for kind in DEFAULT]
+    assert [name for name in rows if rows[name]["stage"] in ("symbolic", "decode")] == [
+        kind.name for kind in DEFAULT_PASSES
+    ]
     assert all(row["step"]["launches"] > 0 for row in rows.values())
     assert (rows["static_kv"]["expected"], rows["static_kv"]["matched"]) == (4, 4)
     assert (rows["fuse_qkv"]["expected"], rows["fuse_qkv"]["matched"]) == (2, 2)
@@ -112,7 +113,7 @@ def test_report_as_data_and_as_text(fast: Any) -> None:
     assert set(refused[0]) == {"node", "source", "layer", "reason"}
     assert "eager" in refused[0]["reason"]
     text = str(report)
-    assert all(kind.name in text for kind in DEFAULT)
+    assert all(kind.name in text for kind in DEFAULT_PASSES)
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "alike" in text  # equal refusals are one line
 
@@ -133,9 +134,9 @@ def test_optimising_the_stock_model_again_packs_nothing_twice(stock: PreTrainedM
 
 SELECTIONS: dict[str, tuple[Any, set[str]]] = {
     "one switched off": ({"fuse_qkv": False}, {"fuse_qkv"}),
-    "names": (["window_kv"], {kind.name for kind in DEFAULT if not kind.required} - {"window_kv"}),
-    "preset": ("minimal", {kind.name for kind in DEFAULT if not kind.required}),
-    "object": ([FuseQKV()], {kind.name for kind in DEFAULT if not kind.required} - {"fuse_qkv"}),
+    "names": (["window_kv"], {kind.name for kind in DEFAULT_PASSES if not kind.required} - {"window_kv"}),
+    "preset": ("minimal", {kind.name for kind in DEFAULT_PASSES if not kind.required}),
+    "object": ([FuseQKV()], {kind.name for kind in DEFAULT_PASSES if not kind.required} - {"fuse_qkv"}),
 }
 
 
@@ -143,12 +144,12 @@ SELECTIONS: dict[str, tuple[Any, set[str]]] = {
 def test_selected_passes_and_the_same_tokens(stock: PreTrainedModel, selection: str) -> None:
     passes, absent = SELECTIONS[selection]
     fast = fxopt.optimize(stock, max_len=64, backend="eager", passes=passes)
-    assert {kind.name for kind in DEFAULT} - {o.name for o in fast.fxopt.report.passes} == absent
+    assert {kind.name for kind in DEFAULT_PASSES} - {o.name for o in fast.fxopt.report.passes} == absent
     expected = stock.generate(TOKENS, max_new_tokens=20, do_sample=False)
     assert fast.generate(TOKENS, max_new_tokens=20, do_sample=False).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("left_out", [kind.name for kind in DEFAULT if not kind.required])
+@pytest.mark.parametrize("left_out", [kind.name for kind in DEFAULT_PASSES if not kind.required])
 def test_every_pass_can_be_left_out_alone(stock: PreTrainedModel, left_out: str) -> None:
     """Passes stand on the required ones only, not on each other."""
     fast = fxopt.optimize(stock, max_len=64, backend="eager", passes={left_out: False}, strict=True)

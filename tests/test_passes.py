@@ -9,14 +9,14 @@ import pytest
 from fxopt.driver import apply
 from fxopt.families import FAMILIES
 from fxopt.listing import readable
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES, PASSES
 from fxopt.program import Program
 from fxopt.rewrite import Stage
 from fxopt.specialise import Role, specialise
 from fxopt.testing import check_pass, graph_of
 
 GOLDEN = Path(__file__).parent / "golden"
-SYMBOLIC = [kind for kind in PASSES if kind.stage is Stage.SYMBOLIC and kind.by_default]
+SYMBOLIC = [kind for kind in DEFAULT_PASSES if kind.stage is Stage.SYMBOLIC]
 BY_NAME = {kind.name: kind for kind in PASSES}
 
 #: name -> (matched on llama, how many more or less of an operator)

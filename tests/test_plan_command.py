@@ -160,7 +160,7 @@ def test_the_demo_model_needs_no_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--shapes", "draft:step=3"], "there is no graph 'draft' to plan; there are prefill and decode"),
+        (["--shapes", "draft:step=3"], "there is no graph 'draft' to plan; there are prefill, decode"),
         (["--shapes", "prefill:step"], "'step' in 'prefill:step' is no size; write --shapes GRAPH:AXIS=N,…"),
         (["--shapes", "prefill:=3"], "'=3' in 'prefill:=3' is no size"),
         (["--shapes", "prefill:step=3,"], "'' in 'prefill:step=3,' is no size"),

@@ -19,11 +19,13 @@ from fxopt import planning
 from fxopt.activation_plan import plan_activations
 from fxopt.arena import ArenaModule
 from fxopt.cli import main
+from fxopt.families import tiny
 from fxopt.memory.picture import HEADING, TOP
 from fxopt.memory.references import itrex
 from fxopt.planning import plan_model
 
 PAGE = (Path(__file__).parent.parent / "docs" / "memory-plan.md").read_text()
+OF_GRAPHS, OF_CODE = PAGE.split("## In compiled code")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -76,7 +78,7 @@ def test_the_page_on_plans_says_what_is(
     """Its Python runs, and its table of a file is what is printed."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"model": config("llama")}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", OF_GRAPHS, re.DOTALL):
         exec(compile(block, "memory-plan.md", "exec"), names)
     assert {"activation_dag.decode.yaml", "plan.prefill.svg", "decode.yaml"} <= {p.name for p in tmp_path.iterdir()}
     assert names["activations"].memory.merge == "order"
@@ -86,6 +88,17 @@ def test_the_page_on_plans_says_what_is(
     capsys.readouterr()
     assert main(["plan", "--csv", "buffers.csv"]) == 0
     assert re.sub(r"\d\.\d\d s", "", capsys.readouterr().out) == re.sub(r"\d\.\d\d s", "", table)
+
+
+@pytest.mark.slow
+def test_the_page_on_compiled_code(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", OF_CODE, re.DOTALL)
+    exec(compile(block, "memory-plan.md", "exec"), names := {"model": tiny("llama")})
+    words = re.search(r"# … (one arena: )[\d.KMB]+(, 1\.000 of the least that is possible)", block)
+    assert words is not None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(words[1] + r"[\d.]+[KM]?B" + re.escape(words[2]), printed)
+    assert names["fast"].fxopt.arena_bytes > 0
 
 
 def allocations(graph: Callable[..., Any], inputs: list[torch.Tensor]) -> list[int]:

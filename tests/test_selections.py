@@ -13,16 +13,16 @@ from torch import nn
 import fxopt
 from fxopt.admission import PRESETS, select
 from fxopt.errors import InvalidRequestError
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES, PASSES
 from fxopt.passes.fuse_qkv import FuseQKV
 from fxopt.passes.rotary import Rotary
 from fxopt.program import Program
 from fxopt.rewrite import Located, Pass, Stage
 
 EVERY = [kind.name for kind in PASSES]
-NAMES = [kind.name for kind in PASSES if kind.by_default]
+NAMES = [kind.name for kind in DEFAULT_PASSES]
 REQUIRED = [kind.name for kind in PASSES if kind.required]
-OPTIONAL = [kind.name for kind in PASSES if kind.by_default and not kind.required]
+OPTIONAL = [kind.name for kind in DEFAULT_PASSES if not kind.required]
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def without(*left_out: str) -> list[str]:
         ([Mine], [*REQUIRED, "mine"]),
         ((name for name in NAMES), NAMES),
         (PASSES, EVERY),
-        ({"plan_memory": True, "quantize_kv": True}, EVERY),
+        ({"plan_memory": True}, [*NAMES, "plan_memory"]),
         ({"plan_memory": {}, "rotary": False}, [*without("rotary"), "plan_memory"]),
-        ({"quantize_kv": {"kv_dtype": "int4"}}, [name for name in EVERY if name != "plan_memory"]),
+        ({"plan_memory": {}, "offload_weights": {"budget": "8GiB"}, "quantize_kv": {"kv_dtype": "int4"}}, EVERY),
         ({"plan_memory": False}, NAMES),
     ],
 )

@@ -20,7 +20,7 @@ from fxopt.demo_model import load_model
 from fxopt.driver import apply
 from fxopt.errors import InvalidRequestError
 from fxopt.families import tiny
-from fxopt.passes import PASSES
+from fxopt.passes import DEFAULT_PASSES
 from fxopt.program import Program
 from fxopt.rewrite import Stage
 from fxopt.specialise import Role, specialise
@@ -31,7 +31,6 @@ aten = torch.ops.aten
 BACKENDS = ("eager", "inductor")
 CAPACITY, CONTEXT, WINDOW = 128, 40, 64
 LAYERS, HEADS, KEPT_HEADS, WIDTH, FLOAT = 2, 4, 2, 16, 4  # of the tiny llama
-LAST = [kind.name for kind in PASSES if kind.by_default][-1]
 ROW = 2 * LAYERS * KEPT_HEADS * WIDTH * FLOAT  # what the cache keeps of one token
 
 
@@ -40,8 +39,8 @@ def stages(backend: str, family: str = "llama", required_alone: bool = False) ->
     """The graph after every pass, by the name of the pass."""
     program = capture(tiny(family), max_len=100, capacity=CAPACITY, backend=backend)
     found = {"capture": program}
-    for kind in PASSES:
-        if not kind.by_default or (required_alone and not kind.required):
+    for kind in DEFAULT_PASSES:
+        if required_alone and not kind.required:
             continue
         if kind.stage is Stage.DECODE and "specialised" not in found:
             program = found["specialised"] = specialise(program, Role("decode", 1, longest_step=1))
@@ -66,7 +65,7 @@ def test_buffers_take_one_row_and_a_window_halves_what_is_read(backend: str) -> 
     assert cost(backend, "static_kv").kv_written_bytes == ROW
     assert cost(backend, "static_kv").kv_read_bytes == CAPACITY * ROW
     assert cost(backend, "window_kv").kv_read_bytes == WINDOW * ROW
-    assert cost(backend, LAST).kv_read_bytes == WINDOW * ROW
+    assert cost(backend, DEFAULT_PASSES[-1].name).kv_read_bytes == WINDOW * ROW
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,7 +100,7 @@ def test_joined_projections_save_two_launches_in_each_layer() -> None:
 
 
 def test_all_passes_make_one_launch_that_reads_weights_and_cache_and_little_else() -> None:
-    final = cost("inductor", LAST)
+    final = cost("inductor", DEFAULT_PASSES[-1].name)
     assert final.launches == 1
     assert final.copied_bytes == 0
     assert final.moved_bytes < 1.01 * (final.weight_bytes + final.kv_read_bytes + final.kv_written_bytes)
@@ -110,7 +109,7 @@ def test_all_passes_make_one_launch_that_reads_weights_and_cache_and_little_else
 
 
 def test_decode_passes_do_the_same_arithmetic() -> None:
-    before, after = cost("inductor", "specialised"), cost("inductor", LAST)
+    before, after = cost("inductor", "specialised"), cost("inductor", DEFAULT_PASSES[-1].name)
     assert after.flops == pytest.approx(before.flops, rel=0.02)
 
 
@@ -122,7 +121,7 @@ COMPILED = {"llama": (30, 20, 1), "gemma2": (29, 25, 9), "mixtral": (44, 36, 13)
 @pytest.mark.parametrize("family", COMPILED)
 def test_loops_are_joined_as_inductor_was_seen_to_join_them(family: str) -> None:
     minimal = specialise(stages("inductor", family, required_alone=True)["static_kv"], Role("decode", 1, 1))
-    programs = (minimal, stages("inductor", family)["specialised"], stages("inductor", family)[LAST])
+    programs = (minimal, stages("inductor", family)["specialised"], stages("inductor", family)[DEFAULT_PASSES[-1].name])
     assert tuple(step_cost(program, context=CONTEXT).launches for program in programs) == COMPILED[family]
 
 

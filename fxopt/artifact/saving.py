@@ -63,7 +63,7 @@ def save(
 def _role_files(role: Role, graph: Lowered) -> tuple[SavedRole, dict[str, bytes]]:
     program = graph.program
     # A package would allocate as it runs; code in an arena is compiled again when it is loaded.
-    packages = _packages(role, graph) if program.facts.backend == "inductor" and graph.arena is None else []
+    packages = _packages(role, graph) if program.facts.backend == "inductor" and graph.arena_use is None else []
     place = f"{role.name}-{role.batch or 'any'}"
     saved = SavedRole(place, role, graph.plan, graph.windowed, len(packages), graph.proof, graph.launches)
     files = {"graph.json": to_json(_checked(program))}

@@ -13,7 +13,7 @@ from fxopt.memory.sets import Merge
 HELP = "place activations in one arena, as small as it can be"
 
 #: The flags that only one of the two forms has.
-_OF_MODEL = ("max_len", "dtype", "batch", "shapes", "merge", "passes", "left_out")
+_OF_MODEL = ("max_len", "dtype", "batch", "shapes", "merge", "passes", "left_out", "added")
 _OF_CSV = ("capacity",)
 
 
@@ -46,7 +46,8 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         parser.error(f"MODEL {arguments.model} and --csv {arguments.csv} are two things to plan; give one of them")
     form, other = ("a MODEL", _OF_CSV) if arguments.csv is None else ("--csv", _OF_MODEL)
     if foreign := [name for name in other if getattr(arguments, name) is not None]:
-        flag = "--no-…" if foreign[0] == "left_out" else f"--{foreign[0].replace('_', '-')}"
+        words = {"left_out": "--no-…", "added": "a pass that is added"}
+        flag = words.get(foreign[0], f"--{foreign[0].replace('_', '-')}")
         parser.error(f"{flag} means nothing beside {form}; leave it out")
     return plan_csv.run(arguments) if arguments.csv is not None else plan_model.run(arguments)
 

@@ -1,0 +1,132 @@
+"""``offload_weights`` at work: decides which layers are streamed, and feeds compiled pieces from a ring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.chain import Chain, Code, Plan
+from fxopt.errors import InvalidRequestError, RewriteError
+from fxopt.file_weights import raw
+from fxopt.layer_weights import layer_weights, nbytes_of, room_for
+from fxopt.moved_weights import MovedWeights, keep_in_memory
+from fxopt.offload.errors import StoreError
+from fxopt.offload.measuring import bandwidth
+from fxopt.offload.placement import Placement, place
+from fxopt.offload.ring import Ring
+from fxopt.offload.use import StreamUse
+from fxopt.passes.offload_weights import OffloadWeights
+from fxopt.program import Facts, Program
+from fxopt.rewrite import Pass
+from fxopt.streamed_chain import StreamedChain, Views
+
+
+def admit_streams(passes: Iterable[Pass[Any]], facts: Facts) -> None:
+    """Raise a sentence if weights are to be streamed, and cannot be."""
+    if any(isinstance(one, OffloadWeights) for one in passes) and (why := _unstreamable(facts)) is not None:
+        raise InvalidRequestError(f"offload_weights cannot be applied: {why}")
+
+
+def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> Streaming | None:
+    """Move weights as the pass asks; None if everything fits into the budget. An error leaves the model as it was."""
+    rewriter = next(one for one in passes if isinstance(one, OffloadWeights))
+    layers = layer_weights(program, model)
+    if layers is None:
+        raise RewriteError(
+            f"{rewriter.name} cannot be applied: in the graph of this model its layers cannot be told apart. Leave the "
+            "pass out, or report the architecture"
+        )
+    sizes = [sum(map(room_for, layer)) for layer in layers]
+    everything = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    fixed = sum(everything.values()) - sum(nbytes_of(group) for layer in layers for group in layer)
+    placed = place(sizes, fixed, budget=rewriter.budget_bytes, resident=rewriter.share, depth=rewriter.depth)
+    if not placed.offloaded:
+        return None
+    weights = MovedWeights([layers[layer] for layer in placed.offloaded], rewriter.store, rewriter.folder)
+    if rewriter.store == "disk":
+        keep_in_memory(model, but={id(named.tensor) for named in weights.parameters()})
+    return Streaming(weights, placed, rewriter.store)
+
+
+class Streaming:
+    """The streamed layers of one model: a ring, and where in a slot each weight is."""
+
+    def __init__(self, weights: MovedWeights, placed: Placement, kind: str) -> None:
+        with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
+            self._slots = [torch.empty(weights.slot_bytes, dtype=torch.uint8) for _ in range(placed.slots)]
+        memories = [raw(slot) for slot in self._slots]
+        order = range(len(placed.offloaded))
+        speed = bandwidth(weights.store, order, memories[0])
+        self.ring = Ring(weights.store, order, memories)
+        self.use = StreamUse(placed, kind, placed.moved - weights.in_place, weights.in_place, speed)
+        self._weights = weights
+        self._table = weights.table()
+        self._watched = [(named, one.file) for seats in weights.seats for one in seats for named in one.group]
+        self._versions: list[int] = []
+
+    def chain(self, plan: Plan, pieces: Sequence[Code], weights: Sequence[Tensor], kind: str) -> Chain:
+        """The pieces of one graph, fed from the ring."""
+        known = dict(enumerate(weights, len(plan.inputs)))
+        found = {number: place for number, weight in known.items() if (place := self._find(weight)) is not None}
+        views: dict[int, Views] = {}
+        turns: list[int] = []
+        for position, step in enumerate(plan.steps):
+            mine = [number for number in step.reads if number in found]
+            if mine:
+                turns += sorted({found[number][0] for number in mine})
+                views[position] = [
+                    [(number, _view(slot, found[number][1], known[number])) for number in mine] for slot in self._slots
+                ]
+        if turns != list(self.ring.order):
+            raise RuntimeError(f"it reads streamed layers in the order {turns}, and not in that of the store")
+        # A file in memory does not tell that it was written to through parameter.data: prompts begin anew.
+        look = self._look if self.use.store == "disk" or kind == "decode" else self._look_anew
+        return StreamedChain(plan, pieces, self.ring, views, look, kind)
+
+    def _look_anew(self) -> None:
+        self.ring.forget()
+        self._look()
+
+    def _look(self) -> None:
+        """Notice weights that were updated in place: slots may hold what they were before."""
+        versions = [0 if one.tensor.is_inference() else one.tensor._version for one, _ in self._watched]
+        if versions == self._versions:
+            return
+        own = self._weights.own
+        for (named, file), now, old in zip(self._watched, versions, self._versions, strict=False):  # none at first
+            if now != old and file is not own:
+                raise StoreError(
+                    f"{named.name} was updated in place, and it is read from {file.path}, which is not written to. "
+                    "Load the model and call fxopt.optimize again"
+                )
+        if own is not None:
+            own.renew()
+        self.ring.forget()
+        self._versions = versions
+
+    def _find(self, weight: Tensor) -> tuple[int, int] | None:
+        """The turn of the layer that a streamed weight belongs to, and its place in the slot."""
+        address = weight.data_ptr()
+        found = (entry for entry in self._table if entry[0] <= address < entry[1])
+        return next(((turn, at + address - start) for start, _, turn, at in found), None)
+
+
+def _unstreamable(facts: Facts) -> str | None:
+    if facts.device.type != "cpu":
+        return f"weights are streamed into the memory of a CPU so far, and the model is on {facts.device}"
+    if facts.backend == "eager" or not facts.layered:
+        return (
+            f"it hands weights to one layer at a time, and here the graph is one piece (compile={facts.compile!r}, "
+            f'backend={facts.backend!r}, {len(facts.layers)} layers); ask for compile="layer", with "inductor" or '
+            '"aot_eager"'
+        )
+    return None
+
+
+def _view(slot: Tensor, at: int, weight: Tensor) -> Tensor:
+    """What a weight is when it lies in a slot."""
+    place = slot[at : at + weight.nbytes].view(weight.dtype)
+    return place.as_strided(weight.shape, weight.stride())
