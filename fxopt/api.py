@@ -20,6 +20,7 @@ from fxopt.judge import Judge
 from fxopt.lower import Backend, Compile
 from fxopt.model import make_fast
 from fxopt.outcome import Check
+from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.pipeline import Pipeline, Policy, judged_safely
@@ -28,8 +29,10 @@ from fxopt.progress import Progress
 from fxopt.report import Report
 from fxopt.request import Request, Verify
 from fxopt.rewrite import Pass
-from fxopt.stream_notes import streams_outcome, timed
-from fxopt.streaming import Streaming, admit_streams, moved
+from fxopt.row_streams import RowStreams
+from fxopt.stream_notes import note_rows, note_weights, stream_outcome
+from fxopt.stream_options import StreamingPass
+from fxopt.streaming import Streaming, admit_streams, moved, streamed_rows
 from fxopt.weights import pack, packed_bytes
 
 log = logging.getLogger("fxopt")
@@ -95,6 +98,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     if judge is not None:
         with progress.step("verify the graphs"):
             report.checks += pipeline.verify()
+    rows = streamed_rows(pipeline.kept, pipeline.program)
     streams = None
     if any(isinstance(one, OffloadWeights) for one in pipeline.kept):
         with progress.step("move weights"):
@@ -103,10 +107,10 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         pipeline.program = pack(pipeline.program)
         report.packed_bytes = packed_bytes(pipeline.program)
 
-    engine = _compiled(pipeline, request.backend, request.limits, progress, streams)
+    engine = _compiled(pipeline, request.backend, request.limits, progress, streams, rows)
     if judge is not None:
         with progress.step("verify the compiled code"):
-            engine, checks = _verified(judge, engine, pipeline, request.backend, progress, streams)
+            engine, checks = _verified(judge, engine, pipeline, request.backend, progress, streams, rows)
         report.checks += checks
     for role in (engine.prefill_role(batch), engine.decode_role(batch)):
         lowered = engine.lowered(role)
@@ -116,12 +120,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
             report.launches[role.name] = lowered.launches
     report.graphs = engine.readiness()
     _note_arena(report, pipeline, engine, request.backend)
-    if streams is not None and engine.ring is not None:
-        with progress.step("time streamed steps"):
-            report.streams = timed(streams, engine)
-    for rewriter in pipeline.kept:
-        if isinstance(rewriter, OffloadWeights):
-            pipeline.note(streams_outcome(rewriter, report.streams))
+    _note_streams(report, pipeline, engine, progress, streams)
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
     recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)
@@ -130,15 +129,22 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
 
 
 def _compiled(
-    pipeline: Pipeline, backend: Backend, limits: Limits, progress: Progress, streams: Streaming | None
+    pipeline: Pipeline,
+    backend: Backend,
+    limits: Limits,
+    progress: Progress,
+    streams: Streaming | None,
+    rows: RowStreams | None,
 ) -> Engine:
     """An engine whose prefill and decode graphs are compiled; other batch sizes follow on first use."""
     facts = pipeline.program.facts
     if not any(isinstance(one, OffloadWeights) for one in pipeline.kept):
         streams = None
-    compiler = Compiler(backend, pipeline.kept, facts, limits, streams, dumps=True)
+    if not any(isinstance(one, OffloadKV) for one in pipeline.kept):
+        rows = None
+    compiler = Compiler(backend, pipeline.kept, facts, limits, streams, rows, dumps=True)
     ring = streams.ring if streams is not None else None
-    engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena, ring)
+    engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena, ring, rows)
     for role in engine.first_roles():
         with progress.step(f"compile {role.name} for {role.sequences}"):
             engine.lowered(role)
@@ -162,6 +168,22 @@ def _note_arena(report: Report, pipeline: Pipeline, engine: Engine, backend: Bac
     report.arenas = {name: use for name, use in graphs.items() if use is not None}
 
 
+def _note_streams(
+    report: Report, pipeline: Pipeline, engine: Engine, progress: Progress, streams: Streaming | None
+) -> None:
+    """Say what is streamed and what that should cost, if it was asked for."""
+    if streams is not None and engine.ring is not None:
+        with progress.step("time streamed weights"):
+            report.streams = note_weights(streams, engine, report.context)
+    if engine.streams is not None:
+        with progress.step("time a streamed cache"):
+            report.cache = note_rows(engine.streams, engine, report.context)
+    for rewriter in pipeline.kept:
+        if isinstance(rewriter, StreamingPass):
+            use = report.cache if isinstance(rewriter, OffloadKV) else report.streams
+            pipeline.note(stream_outcome(rewriter, use, pipeline.latest_graph()))
+
+
 def _verified(
     judge: Judge,
     engine: Engine,
@@ -169,18 +191,19 @@ def _verified(
     backend: Backend,
     progress: Progress,
     streams: Streaming | None,
+    rows: RowStreams | None,
 ) -> tuple[Engine, list[Check]]:
     """Compare the compiled code with the stock model; find a decode pass that spoils it by trying without."""
     checks, complaint = _judged(judge, engine)
     if complaint is None:
         return engine, checks
     for suspect in pipeline.suspects():
-        trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress, streams)
+        trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress, streams, rows)
         checks, remaining = _judged(judge, trial)
         if remaining is None:
             pipeline.drop(suspect, complaint)
             pipeline.forget_decode()  # so that the report is about the graph that runs
-            return _compiled(pipeline, backend, engine.limits, progress, streams), checks
+            return _compiled(pipeline, backend, engine.limits, progress, streams, rows), checks
     raise VerificationError(
         f"the graphs agree with the stock model, but compiled by {backend} they do not: {complaint}. "
         'Try backend="aot_eager", and report it.'

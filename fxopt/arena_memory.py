@@ -89,10 +89,10 @@ class SharedArena:
     def running(self, code: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
         """Compiled code that computes in this arena."""
 
-        def run(*given: Tensor) -> Sequence[Any]:
+        def run(*given: Any, **more: Any) -> Sequence[Any]:
             before, _now.arena = _now.arena, self
             try:
-                return code(*given)
+                return code(*given, **more)
             finally:
                 _now.arena = before
 

@@ -10,35 +10,46 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from fxopt.away_rows import AwayRows
 from fxopt.errors import CacheMemoryError, InvalidRequestError, first_line
 from fxopt.program import Facts, Rows
+from fxopt.row_streams import RowStreams
 
 
 class BufferSet:
-    """Static buffers of every layer for up to ``size`` sequences, and the mask over their rows."""
+    """Static buffers of every layer for up to ``size`` sequences, and the mask over their rows.
 
-    def __init__(self, facts: Facts, size: int) -> None:
+    With ``streams`` some of the layers are ``away``: they have no buffers here.
+    """
+
+    def __init__(self, facts: Facts, size: int, streams: RowStreams | None = None) -> None:
+        self.away = streams.rows(size) if streams is not None else None
+        absent = self.away.names if self.away is not None else frozenset()
         with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
             # Zeros, because a masked row still enters the sum: 0 * NaN is NaN.
             self.tensors = {
                 buffer.name: torch.zeros(buffer.shape(size, facts.capacity), dtype=buffer.dtype, device=facts.device)
                 for buffer in facts.buffers()
+                if buffer.name not in absent
             }
             self.mask = torch.zeros(size, facts.capacity, dtype=torch.long, device=facts.device)
             self.turn = Turn(size, facts.device)
         self.size = size
-        self.nbytes = buffer_bytes(facts, size)
+        self.nbytes = sum(tensor.nbytes for tensor in (*self.tensors.values(), self.mask))
+        self.nbytes += self.away.nbytes if self.away is not None else 0
 
     def clear(self) -> None:
         for tensor in (*self.tensors.values(), self.mask):
             tensor.zero_()
+        if self.away is not None:
+            self.away.begin(self.away.batch)
 
 
 class Turn:
@@ -51,8 +62,10 @@ class Turn:
         self.bound: dict[Hashable, Callable[[], Tensor]] = {}
 
 
-def buffer_bytes(facts: Facts, size: int) -> int:
+def buffer_bytes(facts: Facts, size: int, streams: RowStreams | None = None) -> int:
     """Memory of the buffers for ``size`` sequences."""
+    if streams is not None:
+        return streams.placed(size).device_bytes
     per_row = sum(buffer.heads * buffer.width * buffer.dtype.itemsize for buffer in facts.buffers())
     return size * facts.capacity * (per_row + torch.long.itemsize)
 
@@ -60,8 +73,16 @@ def buffer_bytes(facts: Facts, size: int) -> int:
 class BufferPool:
     """Buffer sets that no cache is using, by size."""
 
-    def __init__(self, facts: Facts, *, largest: int | None = None, most_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        *,
+        largest: int | None = None,
+        most_bytes: int | None = None,
+        streams: RowStreams | None = None,
+    ) -> None:
         self._facts = facts
+        self._streams = streams
         self._largest = largest
         self._most_bytes = most_bytes
         self._idle: dict[int, list[BufferSet]] = defaultdict(list)
@@ -96,7 +117,7 @@ class BufferPool:
             return freed
 
     def _allocated(self, size: int) -> BufferSet:
-        needed = buffer_bytes(self._facts, size)
+        needed = buffer_bytes(self._facts, size, self._streams)
         if self._most_bytes is not None and self.nbytes + needed > self._most_bytes:
             self.release()
             if self._lent + needed > self._most_bytes:
@@ -104,11 +125,11 @@ class BufferPool:
                     self._sentence(size, needed, f"max_cache_bytes={self._most_bytes:,} allows less")
                 )
         try:
-            buffers = BufferSet(self._facts, size)
+            buffers = BufferSet(self._facts, size, self._streams)
         except (RuntimeError, MemoryError):
             self.release()  # sets of other sizes may be in the way
             try:
-                buffers = BufferSet(self._facts, size)
+                buffers = BufferSet(self._facts, size, self._streams)
             except (RuntimeError, MemoryError) as error:
                 raise CacheMemoryError(self._sentence(size, needed, first_line(error))) from error
         self.nbytes += buffers.nbytes
@@ -135,18 +156,27 @@ class BufferCache(Cache):
         self.batch = batch
         self._facts = facts
         self.tensors = {name: tensor[:batch] for name, tensor in self.buffers.tensors.items()}
+        self.away = self.buffers.away
+        if self.away is not None:
+            self.away.begin(batch)
         self.mask = self.buffers.mask[:batch]
-        kept = [[Kept(rows, self.tensors) for rows in facts.rows(layer)] for layer in range(len(facts.layers))]
-        super().__init__(layers=[StaticLayer(key, value, facts.max_len) for key, value in kept])
+        super().__init__(layers=[self._layer(facts, layer) for layer in range(len(facts.layers))])
         self._lease = weakref.finalize(self, pool.give_back, self.buffers)
         self._lease.atexit = False
+
+    def _layer(self, facts: Facts, layer: int) -> StaticLayer:
+        here, away = Here(self.tensors), self.away
+        key, value = (
+            Kept(rows, self.batch, away if away is not None and rows.name in away.names else here)
+            for rows in facts.rows(layer)
+        )
+        return StaticLayer(key, value, facts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BufferCache:
         """The same contents in buffers of their own: how a prompt's cache is kept for several answers."""
         twin = BufferCache(self.pool, self._facts, self.batch)
-        for target, source in zip(twin._everything(), self._everything(), strict=True):
-            target.copy_(source)
-        twin.advance(self.length)
+        twin._take_over(self._parts(), self.length)
+        twin.mask.copy_(self.mask)
         return twin
 
     @property
@@ -157,6 +187,20 @@ class BufferCache(Cache):
         """Count rows that a compiled graph has written."""
         for layer in self.layers:
             layer.length += tokens
+
+    def writing(self, rows: range) -> AwayRows | None:
+        """Say which rows the next step writes; returns the layers that are away."""
+        if self.away is not None:
+            self.away.writes = rows
+        return self.away
+
+    def pretend(self, rows: int) -> None:
+        """Be filled with rows of nothing: to see what a step takes."""
+        self.rewind(0)
+        self.record_mask(None, rows)
+        self.advance(rows)
+        if self.away is not None:
+            self.away.store.pretend(rows)
 
     def record_mask(self, mask: Tensor | None, tokens: int) -> None:
         """Take over what the caller says about old rows and the next ``tokens`` ones."""
@@ -177,26 +221,37 @@ class BufferCache(Cache):
 
     def _take(self, sequences: Tensor) -> None:
         """Go on with some of the sequences, in buffers for that many."""
-        length = self.length
-        kept = [tensor.index_select(0, sequences) for tensor in self._everything()]
+        length, mask = self.length, self.mask.index_select(0, sequences)
+        parts = [[part.index_select(0, sequences) for part in kept] for kept in self._parts()]
         self._lease()  # gives the buffers back
         BufferCache.__init__(self, self.pool, self._facts, len(sequences))
-        for target, source in zip(self._everything(), kept, strict=True):
-            target.copy_(source)
-        self.advance(length)
+        self._take_over(parts, length)
+        self.mask.copy_(mask)
 
-    def _everything(self) -> tuple[Tensor, ...]:
-        return (*self.tensors.values(), self.mask)
+    def _parts(self) -> list[Sequence[Tensor]]:
+        """What is filled of every K and V."""
+        return [kept.parts(0, self.length) for layer in self.layers for kept in layer.kept]
+
+    def _take_over(self, parts: Sequence[Sequence[Tensor]], length: int) -> None:
+        all_kept = [kept for layer in self.layers for kept in layer.kept]
+        for kept, found in zip(all_kept, parts, strict=True):
+            kept.put(0, found)
+        self.advance(length)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         super().crop(tokens_to_remove)
-        self.mask[:, self.length :] = 0
+        self._forget_behind()
 
     def rewind(self, length: int) -> None:
         """Forget everything from row ``length`` on, also after a step that ended half way."""
         for layer in self.layers:
             layer.length = length
-        self.mask[:, length:] = 0
+        self._forget_behind()
+
+    def _forget_behind(self) -> None:
+        self.mask[:, self.length :] = 0
+        if self.away is not None:
+            self.away.crop(self.length)
 
     def reset(self) -> None:
         self.buffers.clear()
@@ -204,22 +259,63 @@ class BufferCache(Cache):
             layer.length = 0
 
 
+class Holder(Protocol):
+    """Where buffers are."""
+
+    def shown(self, name: str) -> Tensor:
+        """What others look at for sizes."""
+
+    def read(self, name: str, start: int, end: int) -> Tensor:
+        """Rows of a buffer; perhaps a view."""
+
+    def write(self, name: str, start: int, rows: Tensor) -> None:
+        """Rows of a buffer from ``start`` on."""
+
+
+class Here:
+    """Buffers that are tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shown(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def read(self, name: str, start: int, end: int) -> Tensor:
+        return self._tensors[name][:, :, start:end]
+
+    def write(self, name: str, start: int, rows: Tensor) -> None:
+        self._tensors[name][:, :, start : start + rows.shape[2]].copy_(rows)
+
+
 class Kept:
     """The K or the V of one layer in its buffers: rows are written, and read back."""
 
-    def __init__(self, rows: Rows, tensors: Mapping[str, Tensor]) -> None:
-        self.buffers = [tensors[buffer.name] for buffer in rows.buffers]
-        self.dtype = rows.dtype
-        self._rows = rows
+    def __init__(self, rows: Rows, batch: int, holder: Holder) -> None:
+        self.rows = rows
+        self.batch = batch
+        self._holder = holder
+
+    @property
+    def shown(self) -> Tensor:
+        return self._holder.shown(self.rows.name)
 
     def write(self, start: int, rows: Tensor) -> None:
-        for buffer, part in zip(self.buffers, self._rows.encode(rows), strict=True):
-            buffer[:, :, start : start + rows.shape[2]].copy_(part)
+        self.put(start, self.rows.encode(rows))
 
     def read(self, start: int, end: int) -> Tensor:
         """A view where rows are kept as they are, else a new tensor."""
-        rows: Tensor = self._rows.decode([buffer[:, :, start:end] for buffer in self.buffers])
+        rows: Tensor = self.rows.decode(self.parts(start, end))
         return rows
+
+    def parts(self, start: int, end: int) -> list[Tensor]:
+        """Rows as they are kept, of each buffer."""
+        return [self._holder.read(buffer.name, start, end) for buffer in self.rows.buffers]
+
+    def put(self, start: int, parts: Sequence[Tensor]) -> None:
+        """Such rows, from ``start`` on."""
+        for buffer, part in zip(self.rows.buffers, parts, strict=True):
+            self._holder.write(buffer.name, start, part)
 
 
 class StaticLayer(CacheLayerMixin):
@@ -229,13 +325,13 @@ class StaticLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, key: Kept, value: Kept, max_len: int) -> None:
+    def __init__(self, key: Kept, value: Kept, facts: Facts) -> None:
         super().__init__()
         self.kept = (key, value)
-        self.keys, self.values = key.buffers[0], value.buffers[0]  # what others look at for sizes
-        self.dtype, self.device = key.dtype, self.keys.device
+        self.keys, self.values = key.shown, value.shown
+        self.dtype, self.device = facts.dtype, facts.device
         self.is_initialized = True
-        self.max_len = max_len
+        self.max_len = facts.max_len
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -278,14 +374,13 @@ class StaticLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        return int(self.keys.shape[0])
+        return self.kept[0].batch
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """In place, so that the buffers stay where the compiled graphs write."""
-        index = beam_idx.to(self.keys.device)
-        for buffer in (buffer for kept in self.kept for buffer in kept.buffers):
-            filled = buffer[:, :, : self.length]
-            filled.copy_(filled.index_select(0, index))
+        index = beam_idx.to(self.device)
+        for kept in self.kept:
+            kept.put(0, [part.index_select(0, index) for part in kept.parts(0, self.length)])
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         if tokens_to_remove > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,11 @@ class Plan:
     def size(self) -> int:
         """How many values there are."""
         return 1 + max((n for step in self.steps for n in (*step.reads, *step.writes)), default=self.given - 1)
+
+    def readers(self, inputs: Collection[str]) -> list[int]:
+        """The positions of the steps that read any of these inputs."""
+        numbers = {self.inputs.index(name) for name in inputs}
+        return [place for place, step in enumerate(self.steps) if not numbers.isdisjoint(step.reads)]
 
     def most_alive(self, nbytes: Mapping[int, int]) -> int:
         """The most bytes of computed values that are there at once; ``nbytes`` of each by number."""

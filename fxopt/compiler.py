@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxopt.activation_dag import activation_dag, dump
 from fxopt.activation_plan import plan_activations
 from fxopt.arena_memory import SharedArena
+from fxopt.chain import Chain, Code, Plan
 from fxopt.engine import Limits
 from fxopt.errors import InvalidRequestError, LoweringError, first_line
-from fxopt.lower import Backend, Lowered, lower
+from fxopt.lower import Backend, ChainMaker, Lowered, lower
 from fxopt.outcome import Outcome, Spot
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
+from fxopt.row_streams import RowStreams
 from fxopt.shape_sets import ShapeSet, full_sets
 from fxopt.specialise import Role
+from fxopt.streamed_chain import StreamedChain
 from fxopt.streaming import Streaming
 
 BATCH = 2  # sequences that memory is planned for where nobody named more
@@ -36,11 +39,13 @@ class Compiler:
         facts: Facts,
         limits: Limits,
         streams: Streaming | None = None,
+        rows: RowStreams | None = None,
         *,
         dumps: bool = False,
     ) -> None:
         self.backend = backend
-        self.streams = streams  # that feed the layers, where offload_weights has moved their weights
+        self._weights = streams  # that feed the layers, where offload_weights has moved their weights
+        self._rows = rows  # of the cache that are away, where offload_kv was asked for
         self._limits = limits
         self._planned = next((one for one in passes if isinstance(one, PlanMemory)), None)
         self._dumps = dumps  # a model that is loaded must not write where its folder says
@@ -51,7 +56,7 @@ class Compiler:
         sets = self._shape_sets(program, role) if self._planned is not None else ()
         if self._dumps:
             self._dump(program, role, sets)
-        chain = functools.partial(self.streams.chain, kind=role.name) if self.streams is not None else None
+        chain = self._streamed(role) if self._weights is not None or self._rows is not None else None
         layered = program.facts.layered
         try:
             return lower(program, self.backend, layered=layered, arena=self.arena, shape_sets=sets, chain=chain)
@@ -60,6 +65,16 @@ class Compiler:
                 f"{self.backend} failed to compile the {role.name} graph for {role.sequences}: {first_line(error)} "
                 'Inductor needs a C++ compiler (g++); backend="aot_eager" does without'
             ) from error
+
+    def _streamed(self, role: Role) -> ChainMaker:
+        """Makes chains whose layers find their weights, or the rows of their cache, in slots."""
+        streams = self._weights
+
+        def chain(plan: Plan, pieces: Sequence[Code], weights: Sequence[Tensor]) -> Chain:
+            feeds = [streams.feed(plan, weights, role.name)] if streams is not None else []
+            return StreamedChain(plan, pieces, feeds, role.name)
+
+        return chain
 
     def _shape_sets(self, program: Program, role: Role) -> Sequence[ShapeSet]:
         """The sets of this graph: what was asked for, with the numbers that nobody named."""

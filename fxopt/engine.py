@@ -26,6 +26,7 @@ from fxopt.program import (
     whole_windows,
 )
 from fxopt.replay import Replays
+from fxopt.row_streams import RowStreams
 from fxopt.specialise import Role
 
 #: Steps of up to this many tokens whose logits are all asked for are those of assisted decoding.
@@ -51,12 +52,14 @@ class Engine:
         limits: Limits,
         arena: SharedArena | None = None,
         ring: Ring | None = None,
+        streams: RowStreams | None = None,
     ) -> None:
         self.facts = facts
         self.arena = arena  # that the graphs compute in, where plan_memory gave them one
         self.ring = ring  # that weights are streamed through, where offload_weights has moved them
+        self.streams = streams  # that rows of the cache are in, where offload_kv was asked for
         self.limits = limits
-        self.pool = BufferPool(facts, largest=limits.max_batch, most_bytes=limits.max_cache_bytes)
+        self.pool = BufferPool(facts, largest=limits.max_batch, most_bytes=limits.max_cache_bytes, streams=streams)
         self.stats: Counter[str] = Counter()
         self.replays = Replays(facts.device)
         self._source = source
@@ -157,7 +160,7 @@ class Engine:
             CACHE_POSITION: self._rows[cache.length : filled],
             LOGIT_POSITIONS: self._rows[:step] if role.all_logits else self._rows[step - 1 : step],
         }
-        logits = graph(tensors)
+        logits = graph(tensors, cache.writing(range(cache.length, filled)))
         cache.advance(step)
         self.count(role.name)
         return logits[:, -1:] if last_only and logits.shape[1] > 1 else logits
@@ -193,6 +196,7 @@ class Decoding:
             )
         if row >= self._window_end:
             self._open_window(row + 1)
+        self._cache.writing(range(row, row + 1))
         self._tokens.copy_(tokens)
         logits = self._run()
         self._positions.add_(1)
@@ -210,7 +214,7 @@ class Decoding:
         def bind() -> Callable[[], Tensor]:
             tensors = engine.arguments(cache, graph, filled)
             turn = {INPUT_IDS: self._tokens, POSITION_IDS: self._positions, CACHE_POSITION: self._row}
-            return graph.bound(tensors | turn)
+            return graph.bound(tensors | turn, cache.away)
 
         key = (cache.batch, self._window_end)
         self._run = engine.replays.of(key, cache.buffers.turn.bound, bind)

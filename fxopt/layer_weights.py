@@ -43,9 +43,8 @@ def layer_weights(program: Program, model: nn.Module) -> list[list[Group]] | Non
 
     What several layers read stays out, as does what other modules than layers have, and what is no plain parameter.
     """
-    decode = specialise(program, Role("decode", 1, longest_step=1))
-    plan, _ = planned(decode, outline(decode, layered=True))
-    places = layer_steps(plan, len(program.facts.layers))
+    decode, plan = _layered(program)
+    places = _layer_steps(plan, len(program.facts.layers))
     if places is None:
         return None
     tensors = {name: decode.weight(name) for name in plan.weights}
@@ -58,14 +57,21 @@ def layer_weights(program: Program, model: nn.Module) -> list[list[Group]] | Non
     return layers
 
 
-def layer_steps(plan: Plan, layers: int) -> list[int] | None:
+def layer_places(program: Program) -> list[int] | None:
+    """Which of the pieces that its decode graph is cut into is each layer. None if the layers cannot be told apart."""
+    return _layer_steps(_layered(program)[1], len(program.facts.layers))
+
+
+def _layered(program: Program) -> tuple[Program, Plan]:
+    decode = specialise(program, Role("decode", 1, longest_step=1))
+    plan, _ = planned(decode, outline(decode, layered=True))
+    return decode, plan
+
+
+def _layer_steps(plan: Plan, layers: int) -> list[int] | None:
     """The position of the step that is each layer, if every layer is one."""
-    keys = {plan.inputs.index(key_name(layer)): layer for layer in range(layers)}
-    found: dict[int, list[int]] = defaultdict(list)
-    for place, step in enumerate(plan.steps):
-        for number in {*step.reads} & keys.keys():
-            found[keys[number]].append(place)
-    places = [place for layer in range(layers) for place in found[layer]]
+    found = [plan.readers([key_name(layer)]) for layer in range(layers)]
+    places = [place for readers in found for place in readers]
     alone = len(places) == layers and places == sorted(set(places))
     return places if alone else None
 

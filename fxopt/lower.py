@@ -7,13 +7,14 @@ of buffers, sees weights that are updated in place, and holds no memory of its o
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from fxopt.outline import Region, outline
 from fxopt.placement import ArenaUse, placement
 from fxopt.program import ATTENTION_MASK, Program, key_name
 from fxopt.shape_sets import Axes, ShapeSet
+from fxopt.streamed_chain import Feed
 from fxopt.views import shape
 
 Backend = Literal["inductor", "aot_eager", "eager"]
@@ -41,6 +43,15 @@ ChainMaker = Callable[[Plan, Sequence[Code], Sequence[Tensor]], Chain]
 log = logging.getLogger("fxopt")
 
 _lock = threading.Lock()  # Inductor's configuration and tracing context are process-wide
+
+
+class Away(Protocol):
+    """Inputs of a graph that are brought while it runs; its chain has to be one that takes them."""
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def feed(self, plan: Plan) -> Feed: ...
 
 
 @dataclass
@@ -61,21 +72,24 @@ class Lowered:
         """The graph that was compiled."""
         return self.source()
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, tensors: Mapping[str, Tensor], away: Away | None = None) -> Tensor:
         """The logits."""
-        return self.outputs(tensors)[0]
+        return self.outputs(tensors, away)[0]
 
-    def outputs(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    def outputs(self, tensors: Mapping[str, Tensor], away: Away | None = None) -> Sequence[Tensor]:
         """Everything that the graph returns: the logits, and in the captured form keys and values."""
-        return self.call(*self._given(tensors))
+        return self._bound(tensors, away)()
 
-    def bound(self, tensors: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    def bound(self, tensors: Mapping[str, Tensor], away: Away | None = None) -> Callable[[], Tensor]:
         """The same call, to be made again and again on the same tensors."""
-        given = self._given(tensors)
-        return lambda: self.call(*given)[0]
+        call = self._bound(tensors, away)
+        return lambda: call()[0]
 
-    def _given(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [*(tensors[name] for name in self.plan.inputs), *self.weights]
+    def _bound(self, tensors: Mapping[str, Tensor], away: Away | None) -> Callable[[], Sequence[Tensor]]:
+        if away is None:
+            return functools.partial(self.call, *(tensors[name] for name in self.plan.inputs), *self.weights)
+        here = (None if name in away.names else tensors[name] for name in self.plan.inputs)
+        return functools.partial(self.call, *here, *self.weights, own=away.feed(self.plan))
 
 
 def lower(

@@ -30,6 +30,7 @@ from fxopt.errors import ArtifactError, InvalidRequestError
 from fxopt.offload.ring import Counters
 from fxopt.program import Program
 from fxopt.report import Report
+from fxopt.stream_options import StreamingPass
 from fxopt.weights import WeightWatch
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -57,10 +58,12 @@ class Handle:
 
     @property
     def report(self) -> Report:
-        """What was rewritten and why; where weights are streamed, also what that has cost so far."""
-        ring = self.engine.ring
+        """What was rewritten and why; where layers are streamed, also what that has cost so far."""
+        ring, rows = self.engine.ring, self.engine.streams
         if ring is not None and self._report.streams is not None:
-            self._report.streams.measured = ring.kinds
+            self._report.streams.measured = ring.tally.kinds
+        if rows is not None and self._report.cache is not None:
+            self._report.cache.measured = rows.tally.kinds
         return self._report
 
     @property
@@ -76,8 +79,8 @@ class Handle:
         if not isinstance(folder, str | os.PathLike):
             raise InvalidRequestError(f"folder={folder!r} is no path; give a folder to save to")
         self.watch.check()
-        if self.engine.ring is not None:
-            raise ArtifactError("a model whose weights are streamed cannot be saved yet; leave offload_weights out")
+        if streaming := [one.name for one in self._recipe.passes if isinstance(one, StreamingPass)]:
+            raise ArtifactError(f"a model that streams layers cannot be saved yet; leave {' and '.join(streaming)} out")
         save(Path(folder), self._model, self.engine, self.symbolic, self.report, self._recipe)
 
     @property
@@ -93,9 +96,11 @@ class Handle:
     @property
     def stats(self) -> Counter[str]:
         """How many steps ran on which graph, and how many on the eager model and why."""
-        ring = self.engine.ring
+        ring, rows = self.engine.ring, self.engine.streams
         if ring is not None:
-            self.engine.stats |= moved_so_far(ring.counters)
+            self.engine.stats |= _counted(ring.tally.counters, "weight", "layers")
+        if rows is not None:
+            self.engine.stats |= _counted(rows.tally.counters, "cache", "caches of layers")
         return self.engine.stats
 
     @property
@@ -249,10 +254,17 @@ class FastModel:
         return None
 
 
-def moved_so_far(counted: Counters) -> Counter[str]:
-    """What streaming weights has come to, for ``stats``."""
-    found = {"layers read": counted.reads, "weight bytes read": counted.nbytes, "layers waited for": counted.waits}
-    return Counter({**found, "milliseconds waited for": int(1000 * counted.exposed)})
+def _counted(found: Counters, what: str, layers: str) -> Counter[str]:
+    """What streaming weights or the cache has come to, for ``stats``."""
+    return Counter(
+        {
+            f"{layers} read": found.reads,
+            f"{layers} waited for": found.waits,
+            f"{what} bytes read": found.nbytes,
+            f"{what} bytes stored": found.stored,
+            f"milliseconds waited for {layers}": int(1000 * found.exposed),
+        }
+    )
 
 
 def _kept(keep: int | Tensor, tokens: int) -> int:

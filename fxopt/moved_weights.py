@@ -18,8 +18,9 @@ from fxopt.errors import InvalidRequestError
 from fxopt.file_weights import DTYPES, FilesInMemory, mapped, raw, seat
 from fxopt.layer_weights import Group, Named, nbytes_of, room_for
 from fxopt.offload.folders import PrivateFolder
+from fxopt.offload.reading import forget
 from fxopt.offload.store import Extent, FileStore
-from fxopt.offload.watched_file import WatchedFile, forget
+from fxopt.offload.watched_file import WatchedFile
 from fxopt.offload.writing import Weight, Written, write
 
 Layer = Sequence[Group]
@@ -38,10 +39,10 @@ class Seat:
 class MovedWeights:
     """The weights of some layers, moved to files. ``kind`` is "disk", or "cpu" for a file in memory."""
 
-    def __init__(self, layers: Sequence[Layer], kind: str, folder: str | None) -> None:
+    def __init__(self, layers: Sequence[Layer], kind: str, folder: Path | None) -> None:
         self.own: WatchedFile | None = None
         self._folder: PrivateFolder | None = None
-        self._kind, self._parent = kind, Path(folder) if folder is not None else None
+        self._kind, self._parent = kind, folder
         files = FilesInMemory() if kind == "disk" else FilesInMemory.none()
         places = {id(group): files.place_of_all([one.tensor for one in group]) for layer in layers for group in layer}
         new = [[group for group in layer if places[id(group)] is None] for layer in layers]

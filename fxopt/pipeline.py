@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fxopt.driver import apply, require
 from fxopt.errors import CaptureDiffersError, RewriteError, VerificationError, first_line, warn
 from fxopt.judge import Judge, Verdict
-from fxopt.listing import listing
+from fxopt.listing import Listing, listing
 from fxopt.outcome import Check, Outcome
 from fxopt.program import Program
 from fxopt.provenance import trace
@@ -77,6 +77,11 @@ class Pipeline:
     def _context(self) -> int:
         """Rows of the cache that are filled in the step that is costed: those of a half-filled cache."""
         return max(1, self.captured.facts.max_len // 2)
+
+    def latest_graph(self) -> Callable[[], Listing]:
+        """The last graph that is in ``outcomes`` so far, as lines."""
+        noted = [outcome for outcome in self.outcomes if outcome.dropped is None]
+        return lambda: next((one.listing for one in reversed(noted) if one.listing), ())
 
     def note(self, outcome: Outcome) -> None:
         """Keep what a pass came to that speaks to the compiler."""

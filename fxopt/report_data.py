@@ -11,7 +11,7 @@ from typing import Any
 from fxopt.changes import Group, changes, unified
 from fxopt.errors import InvalidRequestError
 from fxopt.in_place import InPlaceProof
-from fxopt.offload.use import StreamUse
+from fxopt.offload.use import CacheUse, WeightUse
 from fxopt.outcome import Check, Outcome
 from fxopt.placement import ArenaUse
 
@@ -38,7 +38,8 @@ class ReportData:
     launches: dict[str, int] = field(default_factory=dict)  # of the compiled code, by role
     graphs: dict[str, str] = field(default_factory=dict)  # for how many sequences: which are ready
     arenas: dict[str, ArenaUse] = field(default_factory=dict)  # of each compiled graph
-    streams: StreamUse | None = None  # of weights, where offload_weights has moved some
+    streams: WeightUse | None = None  # where offload_weights has moved some
+    cache: CacheUse | None = None  # where offload_kv was asked for
     packed_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -58,7 +59,8 @@ class ReportData:
     def changes(self, name: str) -> list[Group]:
         """The graphs before and after a stage side by side, layers that look alike told once."""
         after = self[name].listing
-        return changes(self.before(name).listing if after else (), after)
+        earlier = (stage.listing for stage in reversed(self.stages[: self._index(name)]) if stage.dropped is None)
+        return changes(next(filter(None, earlier), after) if after else (), after)
 
     def diff(self, name: str, context: int = 2) -> str:
         """What a pass changed, as text: ``-`` goes, ``+`` comes."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from tabulate import tabulate
 
 from fxopt.changes import ranges
-from fxopt.offload.use import StreamUse
+from fxopt.offload.use import CacheUse, StreamUse, WeightUse
 from fxopt.outcome import Outcome, Spot
 from fxopt.placement import ArenaUse
 from fxopt.report_data import ReportData
@@ -135,7 +135,9 @@ def _closing(report: ReportData) -> Iterator[str]:
     for line in lines:
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="    ")
     if report.streams is not None:
-        yield from _streams(report.streams)
+        yield from _streams(report.streams, _weights(report.streams))
+    if report.cache is not None:
+        yield from _streams(report.cache, _cache(report.cache))
 
 
 def _arena(graphs: Sequence[ArenaUse]) -> str:
@@ -148,23 +150,40 @@ def _arena(graphs: Sequence[ArenaUse]) -> str:
     )
 
 
-def _streams(use: StreamUse) -> Iterator[str]:
+def _weights(use: WeightUse) -> str:
     placed = use.placement
-    where = "memory of the host" if use.store == "cpu" else "disk"
     own = f", {size(use.in_place)}B of them in the model's own files" if use.in_place else ""
-    yield from textwrap.wrap(
-        f"weights: {len(placed.offloaded)} of {len(placed.sizes)} layers are streamed from {where} "
+    return (
+        f"weights: {len(placed.offloaded)} of {len(placed.sizes)} layers are streamed from {_where(use)} "
         f"({size(placed.moved)}B a step{own}) through {placed.slots} slots of {size(placed.slot_bytes)}B; weights take "
-        f"{size(placed.device_bytes)}B",
-        WIDTH,
-        subsequent_indent="    ",
+        f"{size(placed.device_bytes)}B"
     )
+
+
+def _cache(use: CacheUse) -> str:
+    placed = use.placement
+    if not placed.offloaded:
+        return (
+            f"cache: all {len(placed.sizes)} layers of one sequence fit into the budget, in {size(sum(placed.sizes))}B"
+        )
+    return (
+        f"cache: {len(placed.offloaded)} of {len(placed.sizes)} layers are streamed from {_where(use)} "
+        f"({size(use.row_bytes)}B for each filled row) through {placed.slots} slots of {size(placed.slot_bytes)}B; the "
+        f"cache of one sequence takes {size(placed.device_bytes)}B, and {size(placed.moved)}B there"
+    )
+
+
+def _where(use: StreamUse) -> str:
+    return "memory of the host" if use.store == "cpu" else "disk"
+
+
+def _streams(use: StreamUse, headline: str) -> Iterator[str]:
+    yield from textwrap.wrap(headline, WIDTH, subsequent_indent="    ")
     yield from (f"    {line}" for line in use.schedule)
     if use.predicted is not None:
-        yield (
-            f"    a decode step, predicted at {use.bandwidth / 2**30:.2f} GiB/s: {_ms(use.predicted.step)}, "
-            f"{_ms(use.predicted.exposed)} of it waiting, {_ms(use.predicted.hidden)} of copying hidden"
-        )
+        found, speed = use.predicted, f"{use.bandwidth / 2**30:.2f} GiB/s"
+        yield f"    a decode step in a half filled cache, predicted at {speed}: {_ms(found.step)}, of it"
+        yield f"        {_ms(found.exposed)} waiting; {_ms(found.hidden)} of copying hidden"
     for kind, steps in use.measured.items():
         each = _ms(steps.seconds / steps.count), _ms(steps.exposed / steps.count)
         yield f"    {kind}, measured over {steps.count} steps: {each[0]}, {each[1]} of it waiting"

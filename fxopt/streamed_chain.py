@@ -1,46 +1,54 @@
-"""A chain whose layers find their weights in slots that are filled while earlier layers run."""
+"""A chain whose steps find some of what they read in slots, which are filled while earlier steps run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fxopt.chain import Chain, Code, Plan
-from fxopt.offload.ring import Ring
 
-#: For each slot, what the weights of one step are when they lie there: numbers of the plan with tensors.
-Views = Sequence[Sequence[tuple[int, Tensor]]]
+
+class Feed(Protocol):
+    """Brings weights, or rows of a cache, to the steps of a plan."""
+
+    @property
+    def places(self) -> Collection[int]:
+        """The positions of the steps that it brings something to."""
+
+    def run(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        """One run over all steps."""
+
+    def wait(self, place: int) -> Iterable[tuple[int, Tensor]]:
+        """What a step reads, when it is there: numbers of the plan with tensors."""
+
+    def done(self, place: int) -> None:
+        """The step has run; what it wrote is stored, and the slot is free."""
 
 
 class StreamedChain(Chain):
-    """``views`` by the position of each step that streams; ``look`` is called before every run."""
+    """``feeds`` bring the same to every run, ``own`` what belongs to one; ``kind`` is how runs are counted."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        pieces: Sequence[Code],
-        ring: Ring,
-        views: Mapping[int, Views],
-        look: Callable[[], None],
-        kind: str = "",
-    ) -> None:
+    def __init__(self, plan: Plan, pieces: Sequence[Code], feeds: Sequence[Feed], kind: str = "") -> None:
         super().__init__(plan, pieces)
-        self._ring, self._look, self._kind = ring, look, kind
-        self._streamed = [(*step, views.get(place)) for place, step in enumerate(self._steps)]
+        self._feeds, self._kind = tuple(feeds), kind
 
-    def __call__(self, *given: Tensor) -> list[Tensor]:
+    def __call__(self, *given: Tensor | None, own: Feed | None = None) -> list[Tensor]:
+        feeds = self._feeds if own is None else (*self._feeds, own)
         values: list[Any] = [*given, *self._room]
-        self._look()
-        with self._ring.step(self._kind):
-            for code, reads, writes, frees, views in self._streamed:
-                if views is not None:
-                    for number, view in views[self._ring.wait()]:
-                        values[number] = view
+        with contextlib.ExitStack() as runs:
+            for feed in feeds:
+                runs.enter_context(feed.run(self._kind))
+            for place, (code, reads, writes, frees) in enumerate(self._steps):
+                near = [feed for feed in feeds if place in feed.places]
+                for feed in near:
+                    for number, tensor in feed.wait(place):
+                        values[number] = tensor
                 made = code(*[values[number] for number in reads])
-                if views is not None:
-                    self._ring.free()
+                for feed in near:
+                    feed.done(place)
                 for number, value in zip(writes, made, strict=True):
                     values[number] = value
                 for number in frees:

@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxopt.chain import Chain, Code, Plan
+from fxopt.chain import Plan
 from fxopt.errors import InvalidRequestError, RewriteError
 from fxopt.file_weights import raw
-from fxopt.layer_weights import layer_weights, nbytes_of, room_for
+from fxopt.layer_weights import layer_places, layer_weights, nbytes_of, room_for
 from fxopt.moved_weights import MovedWeights, keep_in_memory
 from fxopt.offload.errors import StoreError
 from fxopt.offload.measuring import bandwidth
 from fxopt.offload.placement import Placement, place
 from fxopt.offload.ring import Ring
-from fxopt.offload.use import StreamUse
+from fxopt.offload.use import WeightUse
+from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
-from fxopt.streamed_chain import StreamedChain, Views
+from fxopt.row_streams import RowStreams
+from fxopt.stream_options import StreamingPass
 
 
 def admit_streams(passes: Iterable[Pass[Any]], facts: Facts) -> None:
-    """Raise a sentence if weights are to be streamed, and cannot be."""
-    if any(isinstance(one, OffloadWeights) for one in passes) and (why := _unstreamable(facts)) is not None:
-        raise InvalidRequestError(f"offload_weights cannot be applied: {why}")
+    """Raise a sentence if weights or the cache are to be streamed, and cannot be."""
+    for rewriter in passes:
+        if isinstance(rewriter, StreamingPass) and (why := _unstreamable(facts)) is not None:
+            raise InvalidRequestError(f"{rewriter.name} cannot be applied: {why}")
+
+
+def streamed_rows(passes: Iterable[Pass[Any]], program: Program) -> RowStreams | None:
+    """How the rows of the cache are streamed, if a pass asks for it."""
+    rewriter = next((one for one in passes if isinstance(one, OffloadKV)), None)
+    if rewriter is None:
+        return None
+    if layer_places(program) is None:
+        raise _no_layers(rewriter)
+    streams = RowStreams(rewriter, program.facts)
+    streams.placed(1)  # raises if the budget is too small
+    return streams
+
+
+def _no_layers(rewriter: StreamingPass) -> RewriteError:
+    return RewriteError(
+        f"{rewriter.name} cannot be applied: in the graph of this model its layers cannot be told apart. Leave the "
+        "pass out, or report the architecture"
+    )
 
 
 def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> Streaming | None:
@@ -35,17 +58,14 @@ def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> St
     rewriter = next(one for one in passes if isinstance(one, OffloadWeights))
     layers = layer_weights(program, model)
     if layers is None:
-        raise RewriteError(
-            f"{rewriter.name} cannot be applied: in the graph of this model its layers cannot be told apart. Leave the "
-            "pass out, or report the architecture"
-        )
+        raise _no_layers(rewriter)
     sizes = [sum(map(room_for, layer)) for layer in layers]
     everything = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     fixed = sum(everything.values()) - sum(nbytes_of(group) for layer in layers for group in layer)
     placed = place(sizes, fixed, budget=rewriter.budget_bytes, resident=rewriter.share, depth=rewriter.depth)
     if not placed.offloaded:
         return None
-    weights = MovedWeights([layers[layer] for layer in placed.offloaded], rewriter.store, rewriter.folder)
+    weights = MovedWeights([layers[layer] for layer in placed.offloaded], rewriter.store, rewriter.parent)
     if rewriter.store == "disk":
         keep_in_memory(model, but={id(named.tensor) for named in weights.parameters()})
     return Streaming(weights, placed, rewriter.store)
@@ -61,14 +81,20 @@ class Streaming:
         order = range(len(placed.offloaded))
         speed = bandwidth(weights.store, order, memories[0])
         self.ring = Ring(weights.store, order, memories)
-        self.use = StreamUse(placed, kind, placed.moved - weights.in_place, weights.in_place, speed)
+        self.use = WeightUse(
+            placement=placed,
+            store=kind,
+            bandwidth=speed,
+            written=placed.moved - weights.in_place,
+            in_place=weights.in_place,
+        )
         self._weights = weights
         self._table = weights.table()
         self._watched = [(named, one.file) for seats in weights.seats for one in seats for named in one.group]
         self._versions: list[int] = []
 
-    def chain(self, plan: Plan, pieces: Sequence[Code], weights: Sequence[Tensor], kind: str) -> Chain:
-        """The pieces of one graph, fed from the ring."""
+    def feed(self, plan: Plan, weights: Sequence[Tensor], kind: str) -> WeightFeed:
+        """What brings weights to the pieces of one graph."""
         known = dict(enumerate(weights, len(plan.inputs)))
         found = {number: place for number, weight in known.items() if (place := self._find(weight)) is not None}
         views: dict[int, Views] = {}
@@ -84,7 +110,7 @@ class Streaming:
             raise RuntimeError(f"it reads streamed layers in the order {turns}, and not in that of the store")
         # A file in memory does not tell that it was written to through parameter.data: prompts begin anew.
         look = self._look if self.use.store == "disk" or kind == "decode" else self._look_anew
-        return StreamedChain(plan, pieces, self.ring, views, look, kind)
+        return WeightFeed(self.ring, views, look)
 
     def _look_anew(self) -> None:
         self.ring.forget()
@@ -114,12 +140,36 @@ class Streaming:
         return next(((turn, at + address - start) for start, _, turn, at in found), None)
 
 
+#: For each slot, what the weights of one step are when they lie there: numbers of the plan with tensors.
+Views = Sequence[Sequence[tuple[int, Tensor]]]
+
+
+class WeightFeed:
+    """``views`` by the position of each step that streams; ``look`` is called before every run."""
+
+    def __init__(self, ring: Ring, views: Mapping[int, Views], look: Callable[[], None]) -> None:
+        self.places = views.keys()
+        self._ring, self._views, self._look = ring, views, look
+
+    @contextlib.contextmanager
+    def run(self, kind: str) -> Iterator[None]:
+        self._look()
+        with self._ring.step(kind):
+            yield
+
+    def wait(self, place: int) -> Sequence[tuple[int, Tensor]]:
+        return self._views[place][self._ring.wait()]
+
+    def done(self, place: int) -> None:
+        self._ring.free()
+
+
 def _unstreamable(facts: Facts) -> str | None:
     if facts.device.type != "cpu":
-        return f"weights are streamed into the memory of a CPU so far, and the model is on {facts.device}"
+        return f"layers are streamed into the memory of a CPU so far, and the model is on {facts.device}"
     if facts.backend == "eager" or not facts.layered:
         return (
-            f"it hands weights to one layer at a time, and here the graph is one piece (compile={facts.compile!r}, "
+            f"it hands slots to one layer at a time, and here the graph is one piece (compile={facts.compile!r}, "
             f'backend={facts.backend!r}, {len(facts.layers)} layers); ask for compile="layer", with "inductor" or '
             '"aot_eager"'
         )

@@ -10,6 +10,7 @@ from fxopt.passes.fuse_qkv import FuseQKV
 from fxopt.passes.grouped_attention import GroupedAttention
 from fxopt.passes.last_logits import LastLogits
 from fxopt.passes.matvec import Matvec
+from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.passes.quantize_kv import QuantizeKV
@@ -33,6 +34,7 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     Matvec,
     PlanMemory,
     OffloadWeights,
+    OffloadKV,
 )
 
 #: What is applied where nobody asks for more or less.

@@ -80,7 +80,7 @@ def test_every_layer_sees_its_own_weights(layers: int, slots: int) -> None:
         run(ring, memory, layers)
     ring.settle()
     assert store.read == [turn % layers for turn in range(50 * layers + slots)]
-    counted = ring.counters
+    counted = ring.tally.counters
     assert (counted.steps, counted.restarts) == (50, 0)
     assert (counted.reads, counted.nbytes) == (len(store.read), SIZE * len(store.read))
 
@@ -89,10 +89,10 @@ def test_a_settled_step_reads_every_layer_once() -> None:
     ring, memory = ring_of(Patterns(), 5, 2)
     run(ring, memory, 5)
     ring.settle()
-    before = ring.counters.nbytes
+    before = ring.tally.counters.nbytes
     run(ring, memory, 5)
     ring.settle()
-    assert ring.counters.nbytes - before == 5 * SIZE
+    assert ring.tally.counters.nbytes - before == 5 * SIZE
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -104,7 +104,7 @@ def test_a_step_that_ends_half_way_is_forgotten(stop: int, slots: int) -> None:
         with pytest.raises(KeyboardInterrupt):
             run(ring, memory, 5, stop=stop)
     run(ring, memory, 5)
-    assert ring.counters.restarts == 3
+    assert ring.tally.counters.restarts == 3
 
 
 def test_weights_that_changed_are_read_anew() -> None:
@@ -135,7 +135,7 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert not failed
-    assert ring.counters.steps == 160
+    assert ring.tally.counters.steps == 160
 
 
 # Overlap
@@ -147,10 +147,10 @@ def test_copies_are_hidden_behind_the_layers(slots: int, least: float, most: flo
     layers, seconds, steps = 8, 0.01, 6  # reads reach across both ends of what is timed
     ring, memory = ring_of(Patterns(seconds), layers, slots)
     run(ring, memory, layers, seconds)
-    before, started = ring.counters, time.perf_counter()
+    before, started = ring.tally.counters, time.perf_counter()
     for _ in range(steps):
         run(ring, memory, layers, seconds)
-    took, after = time.perf_counter() - started, ring.counters
+    took, after = time.perf_counter() - started, ring.tally.counters
     copying, computing = after.reading - before.reading, took - (after.exposed - before.exposed)
     assert least < max(copying, computing) / took < most
     predicted = predict(
@@ -163,9 +163,9 @@ def test_the_next_step_is_read_while_nothing_runs() -> None:
     ring, memory = ring_of(Patterns(0.02), 4, 2)
     run(ring, memory, 4)
     time.sleep(0.08)  # the head, and sampling
-    before = ring.counters
+    before = ring.tally.counters
     run(ring, memory, 4, seconds=0.03)
-    assert ring.counters.waits - before.waits == 0
+    assert ring.tally.counters.waits - before.waits == 0
 
 
 def test_bandwidth_is_measured() -> None:

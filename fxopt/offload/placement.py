@@ -23,7 +23,7 @@ class Placement:
     """Where each layer lies, and how many slots there are for those that are streamed."""
 
     sizes: tuple[int, ...]  # bytes of each layer
-    fixed: int  # bytes of weights that belong to no layer, or to several
+    fixed: int  # bytes of what belongs to no layer, or to several
     offloaded: tuple[int, ...]  # layers, in order
     slots: int
 
@@ -43,8 +43,13 @@ class Placement:
 
     @property
     def device_bytes(self) -> int:
-        """What weights take on the device: those that stay, and the ring."""
+        """What is taken on the device: by all that stays, and by the ring."""
         return self.fixed + sum(self.sizes) - self.moved + self.slots * self.slot_bytes
+
+    def ahead(self, layer: int) -> tuple[int, bool]:
+        """What is read into the slot of a streamed layer that has run, and whether it is for the next step."""
+        later = self.offloaded.index(layer) + self.slots
+        return self.offloaded[later % len(self.offloaded)], later >= len(self.offloaded)
 
     @property
     def longest_run(self) -> int:
@@ -66,7 +71,7 @@ def place(
 ) -> Placement:
     """Choose the layers that are streamed.
 
-    With ``budget`` as few bytes as possible are streamed, so that all weights and the ring take at most
+    With ``budget`` as few bytes as possible are streamed, so that what stays and the ring take at most
     so many bytes. With ``resident`` at least that share of the layers stays. ``depth`` is the number of
     slots; left open there are two, and one for each layer of the longest run where there is room.
     """
@@ -124,7 +129,7 @@ def _longest_run(layers: int, streamed: frozenset[int]) -> int:
 
 def _check(sizes: Sequence[int], budget: int | None, resident: float | None, depth: int | None) -> None:
     if not sizes or min(sizes) < 1:
-        raise InvalidRequestError("there is no layer whose weights could be moved")
+        raise InvalidRequestError("there is no layer that could be moved")
     if (budget is None) == (resident is None):
         raise InvalidRequestError("give either a budget in bytes, or the share of layers that is to stay (resident)")
     if resident is not None and not 0 <= resident <= 1:

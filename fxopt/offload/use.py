@@ -1,22 +1,23 @@
-"""What a report says of streamed weights: plain data."""
+"""What a report says of what is streamed: plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fxopt.offload.placement import Placement
 from fxopt.offload.prediction import Prediction
 from fxopt.offload.ring import Steps
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StreamUse:
-    """Where the weights of a model lie, what a decode step was expected to cost, and what steps have cost so far."""
+    """Where layers lie, what a decode step was expected to cost, and what steps have cost so far."""
+
+    turn: ClassVar[str]  # what happens to a layer that is streamed
 
     placement: Placement
     store: str  # "cpu" or "disk"
-    written: int  # bytes, to a file of our own
-    in_place: int  # bytes that are read where they lay, in the model's own files
     bandwidth: float = 0.0  # bytes per second, measured
     predicted: Prediction | None = None
     measured: dict[str, Steps] = field(default_factory=dict)
@@ -24,15 +25,32 @@ class StreamUse:
     @property
     def schedule(self) -> tuple[str, ...]:
         """One line for each layer: what happens before it runs, and after."""
-        placed = self.placement
-        turns = {layer: turn for turn, layer in enumerate(placed.offloaded)}
-        lines = []
+        placed, lines = self.placement, []
         for layer in range(len(placed.sizes)):
-            if layer not in turns:
+            if layer in placed.offloaded:
+                ahead, is_next_step = placed.ahead(layer)
+                when = " of the next step" if is_next_step else ""
+                lines.append(f"layer {layer}: {self.turn}, read layer {ahead}{when} into the slot")
+            else:
                 lines.append(f"layer {layer}: resident")
-                continue
-            later = turns[layer] + placed.slots
-            ahead = placed.offloaded[later % len(turns)]
-            when = " of the next step" if later >= len(turns) else ""
-            lines.append(f"layer {layer}: wait for its weights, run, read layer {ahead}{when} into the slot")
         return tuple(lines)
+
+
+@dataclass(kw_only=True)
+class WeightUse(StreamUse):
+    """Weights that are streamed."""
+
+    turn: ClassVar[str] = "wait for its weights, run"
+
+    written: int  # bytes, to a file of our own
+    in_place: int  # bytes that are read where they lay, in the model's own files
+
+
+@dataclass(kw_only=True)
+class CacheUse(StreamUse):
+    """Rows of the cache that are streamed; ``placement`` is that of one sequence, with all rows filled."""
+
+    turn: ClassVar[str] = "wait for its rows, run, store the new ones"
+
+    context: int  # rows that were filled when a step was timed
+    row_bytes: int  # of one token, in the layers that are streamed

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from fxopt.offload.errors import StoreError
-
-PART = 8 << 20  # bytes of one read
+from fxopt.offload.reading import forget, read_whole
 
 
 class WatchedFile:
@@ -42,15 +41,7 @@ class WatchedFile:
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill ``target`` with what lies at ``offset``, and do not count on the system to keep it in memory."""
-        done = 0
-        while done < len(target):
-            try:
-                got = os.preadv(self.fd, [target[done : done + PART]], offset + done)
-            except OSError as error:
-                raise StoreError(f"{self.path} cannot be read at byte {offset + done:,}: {error.strerror}") from error
-            if got == 0:
-                raise StoreError(f"{self.path} ends at byte {offset + done:,}, in the middle of a layer; {_AGAIN}")
-            done += got
+        read_whole(self.fd, target, offset, name=str(self.path), advice=_AGAIN)
         forget(self.fd, offset, len(target))
         self.check()  # afterwards: what was read must not be half old and half new
 
@@ -62,12 +53,6 @@ class WatchedFile:
     def _stamp(self) -> tuple[int, int]:
         found = os.fstat(self.fd)
         return found.st_size, found.st_mtime_ns
-
-
-def forget(fd: int, offset: int, nbytes: int) -> None:
-    """Say that this part of a file need not stay in the page cache."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 _AGAIN = "what is streamed is no longer what was moved there. Load the model and call fxopt.optimize again"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fxopt.offload.amounts import told
 from fxopt.offload.errors import StoreError
-from fxopt.offload.watched_file import forget
+from fxopt.offload.reading import forget
 
 ALIGN = 64  # where a weight or a group begins
 PART = 16 << 20  # bytes of one write

@@ -1,0 +1,45 @@
+"""``offload_kv`` at work: decides for every set of buffers which layers are away, and makes room for them."""
+
+from __future__ import annotations
+
+import torch
+
+from fxopt.away_rows import AwayRows, block_of
+from fxopt.offload.placement import Placement, place
+from fxopt.offload.ring import Tally
+from fxopt.offload.rows import RowStore
+from fxopt.passes.offload_kv import OffloadKV
+from fxopt.program import Buffer, Facts
+
+
+class RowStreams:
+    """What is asked of every set of buffers of one model; ``tally`` counts over all of them."""
+
+    def __init__(self, asked: OffloadKV, facts: Facts) -> None:
+        self.kind = asked.store
+        self.tally = Tally()
+        self._asked = asked
+        self._capacity = facts.capacity
+        self._layers: list[list[Buffer]] = [[] for _ in facts.layers]
+        for buffer, layer in facts.buffers().items():
+            self._layers[layer].append(buffer)
+
+    def placed(self, sequences: int) -> Placement:
+        """Which layers stay in a set for so many sequences, and which are away."""
+        sizes = [block_of(buffers, sequences, self._capacity).nbytes for buffers in self._layers]
+        asked, mask = self._asked, sequences * self._capacity * torch.long.itemsize
+        return place(sizes, mask, budget=asked.budget_bytes, resident=asked.share, depth=asked.depth)
+
+    def row_bytes(self, layer: int) -> int:
+        """What one token of one sequence takes in a layer."""
+        return block_of(self._layers[layer], 1, self._capacity).row_bytes
+
+    def rows(self, sequences: int) -> AwayRows | None:
+        """The layers of a new set that are away; None if all of them fit."""
+        placed = self.placed(sequences)
+        if not placed.offloaded:
+            return None
+        layers = [self._layers[layer] for layer in placed.offloaded]
+        blocks = [block_of(buffers, sequences, self._capacity) for buffers in layers]
+        store = RowStore(blocks, self.kind, self._asked.parent)
+        return AwayRows(layers, store, placed.slots, self.tally)
