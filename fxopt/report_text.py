@@ -181,9 +181,12 @@ def _streams(use: StreamUse, headline: str) -> Iterator[str]:
     yield from textwrap.wrap(headline, WIDTH, subsequent_indent="    ")
     yield from (f"    {line}" for line in use.schedule)
     if use.predicted is not None:
-        found, speed = use.predicted, f"{use.bandwidth / 2**30:.2f} GiB/s"
-        yield f"    a decode step in a half filled cache, predicted at {speed}: {_ms(found.step)}, of it"
-        yield f"        {_ms(found.exposed)} waiting; {_ms(found.hidden)} of copying hidden"
+        found = use.predicted
+        sentence = (
+            f"a decode step, predicted at {use.bandwidth / 2**30:.2f} GiB/s with half of the rows filled: "
+            f"{_ms(found.step)}, {_ms(found.exposed)} of it waiting, {_ms(found.hidden)} of copying hidden"
+        )
+        yield from textwrap.wrap(sentence, WIDTH, initial_indent="    ", subsequent_indent="        ")
     for kind, steps in use.measured.items():
         each = _ms(steps.seconds / steps.count), _ms(steps.exposed / steps.count)
         yield f"    {kind}, measured over {steps.count} steps: {each[0]}, {each[1]} of it waiting"

@@ -16,7 +16,7 @@ import torch
 import transformers
 from generation_modes import EAGER, FAST_LOOP, MODES, ON_THE_HUB
 from packaging.version import Version
-from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Answer, Mode, Side, eager, lively
+from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Side, eager, lively, play, slightly_off
 
 import fxopt
 
@@ -46,23 +46,7 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     )
 
 
-def slightly_off(model: Any) -> Any:
-    """A draft of four tokens at a time, of which some are right."""
-    model.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
-    noise = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(parameter.std() * torch.randn(parameter.shape, generator=noise), alpha=0.1)
-    return model
-
-
 GRAPHS = {"prefill", "decode", "score", "verify"}
-
-
-def play(mode: Mode, side: Side) -> Answer:
-    torch.manual_seed(11)
-    with torch.no_grad():
-        return mode.play(side)
 
 
 @pytest.mark.parametrize("name", MODES)

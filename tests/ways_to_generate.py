@@ -321,12 +321,29 @@ def own_loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_crit
 SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 0}
 
 
-def lively(family: str) -> Any:
+def lively(family: str, layers: int = 2) -> Any:
     """Answers that change from token to token, which those of tied embeddings do not, and end where a mode says so."""
-    model: Any = tiny(family, tie_word_embeddings=False)
+    model: Any = tiny(family, layers=layers, tie_word_embeddings=False)
     model.generation_config.eos_token_id = None
     model.generation_config.num_assistant_tokens_schedule = "constant"  # a draft learns nothing for the next call
     return model
+
+
+def slightly_off(model: Any) -> Any:
+    """A draft of four tokens at a time, of which some are right."""
+    model.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.std() * torch.randn(parameter.shape, generator=noise), alpha=0.1)
+    return model
+
+
+def play(mode: Mode, side: Side) -> Answer:
+    """What a mode gives on one side."""
+    torch.manual_seed(11)
+    with torch.no_grad():
+        return mode.play(side)
 
 
 def eager(stats: Mapping[str, int]) -> dict[str, int]:
