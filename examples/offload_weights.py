@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def child(options: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
-def run(arguments: list[str], kind: str, model: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, *arguments, "--model", model, "--child", kind]
+def run(arguments: list[str], kind: str, model: str, within: Sequence[str] = ()) -> dict[str, Any]:
+    """What a process of one kind found; ``within`` is a command that runs others."""
+    command = [*within, sys.executable, __file__, *arguments, "--model", model, "--child", kind]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

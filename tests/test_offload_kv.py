@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from generation_modes import MODES
+from memory_limits import at_most
+from offload_kv import run
 from torch import Tensor
 from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Side, lively, play, slightly_off
 
@@ -40,7 +42,8 @@ def away(model: Any, tmp_path: Path | None = None, *, more: dict[str, Any] | Non
     if tmp_path is not None:
         offload["folder"] = str(tmp_path)
     ways: Any = {"max_len": LONGEST, "chunk": 16, "backend": "aot_eager", "compile": "layer", "verify": "off"}
-    return fxopt.optimize(model, **ways, passes={"offload_kv": {"resident": 0.25, **offload}, **(more or {})})
+    passes: dict[str, Any] = {"offload_kv": {"resident": 0.25, **offload}, **(more or {})}
+    return fxopt.optimize(model, **ways, passes=passes)
 
 
 def row_bytes(fast: Any) -> int:
@@ -214,6 +217,21 @@ def test_memory_of_slots_counts_as_memory_of_caches(tmp_path: Path) -> None:
     fast.fxopt.engine.pool._most_bytes = 100
     with pytest.raises(CacheMemoryError, match="max_cache_bytes=100 allows less"):
         fast.generate(PROMPT.repeat(3, 1), max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_a_process_with_less_memory_than_its_cache_needs() -> None:
+    """520 MiB of cache and 100 MiB for it, in a process that is killed if it takes more than 750 MiB for everything."""
+    limit = 750 << 20
+    arguments = ["--budget", "100MiB", "--backend", "aot_eager"]
+    here = run(arguments, "here")
+    assert here["anonymous"] > limit
+    with at_most(limit) as within:
+        found = run(arguments, "away", within)
+    assert found["tokens"] == here["tokens"]
+    assert found["held"] <= 100 << 20 < found["cache"]
+    assert found["anonymous"] < here["anonymous"] - 300 * 2**20
+    assert 0.8 < found["stored"] / found["cache"] < 1.0  # rows of the layer that stays are not stored, none is twice
 
 
 def test_files_go_with_their_caches(tmp_path: Path) -> None:

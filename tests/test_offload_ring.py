@@ -252,3 +252,16 @@ def test_a_ring_that_nobody_holds_ends_its_thread_and_its_store() -> None:
     reader.join(5)
     assert not reader.is_alive()
     assert store.closed.is_set()
+
+
+def test_no_reader_outlives_the_interpreter() -> None:
+    ring, memory = ring_of(Patterns(), 3, 2)
+    run(ring, memory, 3)
+    left, _ = ring_of(Patterns(seconds=0.3), 3, 2)
+    readers = [ring._reader, left._reader]
+    with left.step():
+        left.wait()
+        left.free()
+    del left  # its reader is still busy
+    rings._stop_readers()
+    assert not any(reader.is_alive() for reader in readers)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_limits import at_most
 from offload_weights import make, run
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -345,13 +346,16 @@ def test_what_is_streamed_is_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_process_with_less_memory_than_the_weights(tmp_path: Path) -> None:
-    """1.2 GB of weights, and 300 MiB for them."""
+    """1.2 GB of weights, 300 MiB for them, and a process that is killed if it takes more than 1 GiB for everything."""
     make(str(tmp_path), layers=20, hidden=1024, dtype=torch.float32)
     arguments = ["--budget", "300MiB", "--backend", "aot_eager", "--new", "4"]
-    stock, found = (run(arguments, kind, str(tmp_path)) for kind in ("stock", "streamed"))
+    stock = run(arguments, "stock", str(tmp_path))
+    assert stock["generating"] > stock["weights"] > 1.1 * 2**30
+    with at_most(2**30) as within:
+        found = run(arguments, "streamed", str(tmp_path), within)
     assert found["tokens"] == stock["tokens"]
     assert found["anonymous"] < 0.75 * found["weights"]
-    assert found["generating"] < 0.85 * found["weights"] < stock["generating"]
+    assert found["generating"] < 0.85 * found["weights"]
 
 
 @pytest.mark.slow
@@ -375,7 +379,9 @@ def test_the_report_says_who_waits_for_what(tmp_path: Path) -> None:
     assert "layer 1: resident" in text
     assert "layer 0: wait for its weights, run, read layer 3 into the slot" in text
     assert "layer 5: wait for its weights, run, read layer 2 of the next step into the slot" in text
-    assert re.search(r"a decode step, predicted at .* GiB/s: .* ms, .* of it waiting", text)
+    assert re.search(
+        r"a decode step, predicted at .* GiB/s with half of the rows\s+filled: .* ms, .* of it waiting", text
+    )
     assert f"decode, measured over {NEW - 1} steps" in text
     assert report.streams.measured["decode"].count == NEW - 1
     assert report.to_dict()["streams"]["placement"]["offloaded"] == (0, 2, 3, 5)

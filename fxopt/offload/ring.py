@@ -13,6 +13,7 @@ way leaves the ring somewhere; the next one begins anew.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import threading
@@ -28,6 +29,9 @@ from fxopt.offload.store import Store
 
 #: Stores what a layer has left in its slot; returns the bytes.
 Leave = Callable[[memoryview], int]
+
+_rings: weakref.WeakSet[Ring] = weakref.WeakSet()
+_readers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # also of rings that are gone
 
 LOOK = 1.0  # seconds after which a waiting thread looks whether the reader is still there
 
@@ -160,6 +164,8 @@ class Ring:
         self._whole = False  # whether the last step went through
         self._exposed, self._waits = 0.0, 0  # of this step
         self.close = weakref.finalize(self, self._work.tickets.put, None)
+        _rings.add(self)
+        _readers.add(self._reader)
 
     @contextlib.contextmanager
     def step(self, kind: str = "") -> Iterator[None]:
@@ -242,3 +248,14 @@ class Ring:
         if isinstance(error, StoreError):
             return StoreError(str(error))
         return StoreError(f"{self._what} could not be read ({type(error).__name__}: {error})")
+
+
+def _stop_readers() -> None:
+    """At the end of the process: a thread that lets go of tensors while the interpreter goes takes it down."""
+    for ring in list(_rings):
+        ring.close()
+    for reader in list(_readers):
+        reader.join(LOOK)
+
+
+atexit.register(_stop_readers)
