@@ -18,6 +18,7 @@ from transformers import StaticCache
 
 import fxopt
 from fxopt.demo_model import load_model
+from fxopt.families import tiny
 
 STEPS = 4
 
@@ -51,11 +52,13 @@ def theirs(model: Any, max_len: int) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--tiny", action="store_true", help="a random model of four layers instead")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--max-len", type=int, default=8192)
     parser.add_argument("--filled", type=int, nargs="+", default=(1000, 4000))
     options = parser.parse_args()
-    model, _ = load_model(options.model, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    model: Any = tiny("llama", dtype, layers=4) if options.tiny else load_model(options.model, dtype)[0]
     ways: Any = {"backend": "aot_eager", "compile": "layer", "verify": "off"}
     fast = fxopt.optimize(model, options.max_len, passes={"offload_kv": {"resident": 0.0, "store": "cpu"}}, **ways)
     rows = []

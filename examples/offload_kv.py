@@ -79,8 +79,8 @@ def run(arguments: list[str], kind: str, within: Sequence[str] = ()) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--budget", default="100MiB", help="of memory for the cache")
     parser.add_argument("--depth", type=int)
     parser.add_argument("--store", default="disk", choices=("disk", "cpu"))

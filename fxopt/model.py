@@ -230,6 +230,9 @@ class FastModel:
             )
         return config
 
+    def _served_caches(self) -> tuple[str | None, ...]:
+        return _OURS if self.fxopt.engine.streams is None else (*_OURS, *_OURS_AWAY)
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -242,7 +245,7 @@ class FastModel:
             model_kwargs.get("past_key_values") is not None
             or not generation_config.use_cache
             or generation_config.output_attentions  # eager, and shaped by the cache of the model's own
-            or generation_config.cache_implementation not in _OURS
+            or generation_config.cache_implementation not in self._served_caches()
             or self.fxopt.depth != depth_of(self.config)  # a draft that leaves early
         ):
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
@@ -283,3 +286,4 @@ def _check_batch(engine: Engine, batch: int) -> None:
 
 #: Caches by name that ours stands for; another one asked for is another one got.
 _OURS = (None, "static", "hybrid", "sliding_window", "hybrid_chunked")
+_OURS_AWAY = ("offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")  # with offload_kv

@@ -77,6 +77,9 @@ def test_passes_lists_all_in_order(capsys: pytest.CaptureFixture[str]) -> None:
         assert (f"--{'no-' if kind.by_default else ''}{flag}" in row) != kind.required
 
 
+OFF = {"plan_memory", "offload_weights", "offload_kv", "quantize_kv"}  # by default
+
+
 def _names() -> list[str]:
     return [kind.name for kind in PASSES]
 
@@ -87,8 +90,8 @@ def test_a_pass_that_is_off_by_default_has_a_flag_to_add_it() -> None:
         add_passes(parser)
         return {one.name for one in selection(parser.parse_args(flags))}
 
-    added = ("--plan-memory", "--offload-weights", "--quantize-kv")
-    assert set(_names()) - chosen() == {"plan_memory", "offload_weights", "quantize_kv"}
+    added = ("--plan-memory", "--offload-weights", "--offload-kv", "--quantize-kv")
+    assert set(_names()) - chosen() == OFF
     assert chosen(*added) == set(_names())
     assert chosen(*added, "--no-rotary") == set(_names()) - {"rotary"}
     assert "plan_memory" in chosen("--passes", "minimal", "--plan-memory")
@@ -208,7 +211,7 @@ def test_generate_with_a_report(folder: Path, answer: str, capsys: pytest.Captur
     assert "LlamaForCausalLM, max_len 32, backend eager" in printed.err
     assert "verified the graphs" in printed.err
     first_words = {line.split()[0] for line in printed.err.splitlines() if line.strip()}
-    assert set(_names()) - first_words == {"fuse_qkv", "plan_memory", "offload_weights", "quantize_kv"}
+    assert set(_names()) - first_words == {"fuse_qkv", *OFF}
 
 
 @pytest.mark.parametrize("passes", ["minimal", "fuse_gate_up"])

@@ -31,6 +31,11 @@ RUNS = {
         ["--layers", "4", "--hidden", "64", "--budget", "1200kB", "--backend", "aot_eager", "--new", "3"],
         "the same tokens; 1 MiB read per token",
     ),
+    "offload_kv.py": (
+        ["--layers", "4", "--tokens", "64", "--chunk", "16", "--budget", "2MiB", "--backend", "aot_eager"],
+        "the same tokens",
+    ),
+    "kv_traffic.py": (["--tiny", "--max-len", "400", "--filled", "100"], "7.9x less"),
     "decode_speed.py": (
         ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],
         "stock eager",

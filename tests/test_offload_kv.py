@@ -138,6 +138,15 @@ def test_mode(sides: tuple[Side, Side], name: str) -> None:
     torch.testing.assert_close(found.close, expected.close, atol=1e-3, rtol=1e-3)
 
 
+def test_an_offloaded_static_cache_asked_for_by_name_is_this_one(sides: tuple[Side, Side]) -> None:
+    fast = sides[1].model
+    before = fast.fxopt.stats
+    found = fast.generate(**TWO, **GREEDY, cache_implementation="offloaded_static", return_dict_in_generate=True)
+    assert found.sequences.tolist() == sides[0].greedy
+    assert found.past_key_values.away is not None
+    assert fast.fxopt.stats["eager: a foreign cache (StaticCache)"] == before["eager: a foreign cache (StaticCache)"]
+
+
 def test_a_cache_that_is_copied_cropped_and_gone_on_with(tmp_path: Path) -> None:
     model = tiny("llama", layers=LAYERS)
     fast = away(model, tmp_path)

@@ -68,7 +68,15 @@ def without(*left_out: str) -> list[str]:
         (PASSES, EVERY),
         ({"plan_memory": True}, [*NAMES, "plan_memory"]),
         ({"plan_memory": {}, "rotary": False}, [*without("rotary"), "plan_memory"]),
-        ({"plan_memory": {}, "offload_weights": {"budget": "8GiB"}, "quantize_kv": {"kv_dtype": "int4"}}, EVERY),
+        (
+            {
+                "plan_memory": {},
+                "offload_weights": {"budget": "8GiB"},
+                "offload_kv": {"resident": 0.0},
+                "quantize_kv": {"kv_dtype": "int4"},
+            },
+            EVERY,
+        ),
         ({"plan_memory": False}, NAMES),
     ],
 )
