@@ -32,8 +32,8 @@ RUNS = {
         "the same tokens; 1 MiB read per token",
     ),
     "decode_speed.py": (
-        ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],
-        "stock eager",
+        ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8", "--kv-dtype", "int8"],
+        "fxopt, int8",
     ),
     "kv_perplexity.py": (
         ["--model", TINY, "--tokens", "256", "--window", "128", "--new", "8"],
