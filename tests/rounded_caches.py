@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 import fxopt
-from fxopt.families import VOCABULARY
+from fxopt.families import VOCABULARY, tiny
 from fxopt.kv_formats import FormatName
 from fxopt.program import Rows
 
@@ -45,6 +46,13 @@ def optimised(stock: PreTrainedModel, name: FormatName, passes: dict[str, Any] |
     """With a cache in this format, and nothing compiled or compared unless it is asked for."""
     options = {"backend": "eager", "verify": "off", "chunk": CHUNK, "passes": (passes or {}) | chosen(name), **options}
     return fxopt.optimize(stock, 100, **options)
+
+
+@functools.cache
+def llama(name: FormatName) -> tuple[Any, Any]:
+    """The stock model and the fast one, the same for all tests of a process: leave them as they are."""
+    stock = tiny("llama")
+    return stock, optimised(stock, name)
 
 
 def chosen(name: FormatName) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from edited_programs import attempt, edited, static
-from rounded_caches import CHUNK, GREEDY, NAMES, chosen, optimised, prompt, rounding_cache
+from rounded_caches import CHUNK, GREEDY, NAMES, chosen, llama, optimised, prompt, rounding_cache
 from saved_models import edit
 from sentences import assert_sentence
 from torch import Tensor
@@ -121,8 +121,8 @@ def test_tokens_are_those_of_the_stock_model_over_such_a_cache(name: FormatName,
 @pytest.mark.parametrize("name", NAMES)
 def test_drafts_are_taken_back(name: FormatName) -> None:
     """Assisted decoding and prompt lookup crop the cache, and say what greedy decoding says."""
-    stock = tiny("llama")
-    fast, greedy = optimised(stock, name), {**GREEDY, "max_new_tokens": 30}
+    _, fast = llama(name)
+    greedy = {**GREEDY, "max_new_tokens": 30}
     expected = fast.generate(**prompt(), **greedy).tolist()
     assert fast.generate(**prompt(), **greedy, assistant_model=tiny("llama", num_hidden_layers=1)).tolist() == expected
     assert fast.generate(**prompt(), **greedy, prompt_lookup_num_tokens=3).tolist() == expected
@@ -148,8 +148,7 @@ def cropped(cache: Any) -> Any:
 @pytest.mark.parametrize("change", [repeated_and_selected, reordered, cropped, copy.deepcopy])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_buffer_follows(name: FormatName, change: Callable[[Any], Any]) -> None:
-    stock = tiny("llama")
-    fast = optimised(stock, name)
+    stock, fast = llama(name)
     said = []
     for model, cache in ((stock, rounding_cache(fast)), (fast, fast.fxopt.engine.new_cache(2))):
         model(**prompt(2), past_key_values=cache, use_cache=True)
@@ -163,8 +162,7 @@ def test_every_buffer_follows(name: FormatName, change: Callable[[Any], Any]) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_the_models_own_code_reads_such_a_cache(name: FormatName) -> None:
     """A call that asks for attentions goes on from rows that the graphs have written, and writes its own."""
-    stock = tiny("llama")
-    fast = optimised(stock, name)
+    stock, fast = llama(name)
     said = []
     for model, cache in ((stock, rounding_cache(fast)), (fast, fast.fxopt.engine.new_cache(2))):
         model(**prompt(2), past_key_values=cache, use_cache=True)
@@ -197,8 +195,7 @@ def test_compiled(name: FormatName) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_and_loaded(name: FormatName, home: Any, tmp_path: Any) -> None:
-    stock = tiny("llama")
-    fast = optimised(stock, name)
+    stock, fast = llama(name)
     fast.fxopt.save(tmp_path / "saved")
     again: Any = fxopt.load(tmp_path / "saved", stock, expected={"passes": chosen(name)})
     assert again.fxopt.engine.facts.formats == (name,)
@@ -209,8 +206,8 @@ def test_saved_and_loaded(name: FormatName, home: Any, tmp_path: Any) -> None:
     ("format", "words"), [("int2", "key_format should be one of"), ("int4", "a buffer of"), (None, "a buffer of")]
 )
 def test_a_saved_format_that_was_edited(format: str | None, words: str, home: Any, tmp_path: Any) -> None:
-    stock = tiny("llama")
-    optimised(stock, "int8").fxopt.save(tmp_path / "saved")
+    stock, fast = llama("int8")
+    fast.fxopt.save(tmp_path / "saved")
     edit(tmp_path / "saved", "manifest.json", lambda data: data["facts"]["layers"][1].update(key_format=format))
     with pytest.raises(ArtifactError, match=words):
         fxopt.load(tmp_path / "saved", stock, code="again")
