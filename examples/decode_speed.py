@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import platform
 import statistics
 import time
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--compile", nargs="+", default=["auto"], choices=("auto", "layer", "whole"))
+    parser.add_argument("--kv-dtype", nargs="+", default=["full"], choices=("full", "int8", "fp8", "int4"))
     parser.add_argument("--no-static", action="store_true", help="leave StaticCache + torch.compile out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -78,9 +80,11 @@ def main() -> None:
     if not options.no_static:
         contenders["StaticCache + torch.compile"] = static
     began = time.perf_counter()
-    for how in options.compile:
-        fast = fxopt.optimize(model, max_len=options.max_len, backend=options.backend, compile=how)
-        contenders["fxopt" if how == "auto" else f"fxopt, {how}"] = functools.partial(ours, fast)
+    for how, kept in itertools.product(options.compile, options.kv_dtype):
+        passes = None if kept == "full" else {"quantize_kv": {"kv_dtype": kept}}
+        fast = fxopt.optimize(model, max_len=options.max_len, passes=passes, backend=options.backend, compile=how)
+        special = [word for word, usual in ((how, "auto"), (kept, "full")) if word != usual]
+        contenders[", ".join(["fxopt", *special])] = functools.partial(ours, fast)
     optimise_seconds = time.perf_counter() - began
 
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

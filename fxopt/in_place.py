@@ -37,8 +37,10 @@ def prove_in_place(graph_text: str, facts: Facts, batch: int, window: str = "") 
     The symbol ``window`` counts as the whole capacity; any other one counts tokens of this step,
     which are activations and no cache.
     """
-    shapes = [buffer.shape(batch, facts.capacity) for buffer in facts.buffers()]
-    smallest = min(math.prod(shape) for shape in shapes if shape[-1] > 1)  # scales are one number wide
+    shapes = {buffer.shape(batch, facts.capacity) for buffer in facts.buffers()}
+    pairs = map(facts.rows, range(len(facts.layers)))
+    # By size whatever is as large as the numbers of a cache; scales are small, and are known by their shape.
+    smallest = min(math.prod(rows.buffers[0].shape(batch, facts.capacity)) for pair in pairs for rows in pair)
     writes, copies = 0, []
     for line in graph_text.splitlines():
         found = _NODE.match(line)

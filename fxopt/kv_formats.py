@@ -203,11 +203,12 @@ def turned(run: Run, rows: Any, width: int, device: torch.device) -> Any:
 @functools.cache
 def hadamard(size: int) -> Tensor:
     """The orthogonal matrix [size, size] of one number with two signs; ``size`` is a power of two."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    orthogonal: Tensor = matrix / size**0.5
-    return orthogonal
+    with torch.inference_mode(False):  # it is kept, and no mode or default of today may get into it
+        matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        orthogonal: Tensor = matrix / size**0.5
+        return orthogonal
 
 
 def _from_float8(run: Run, codes: Any) -> Any:

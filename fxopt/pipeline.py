@@ -97,7 +97,7 @@ class Pipeline:
 
     def forget_judge(self) -> None:
         """Graphs for other batch sizes are made later; what the stock model said need not live on for them."""
-        self.policy = replace(self.policy, judge=None)
+        self.policy, self._exact = replace(self.policy, judge=None), None
 
     def run(self) -> None:
         """Apply every pass for the symbolic graph."""

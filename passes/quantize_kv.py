@@ -151,18 +151,11 @@ class Turn:
         if len(found) != 1:
             return None
         [(reader, operand)] = found
-        attention, width = Attention.of(reader), site.rows.dim
-        if attention is not None:
-            met = attention.key if site.is_key else attention.value
-            return cls(reader, attention.query if site.is_key else None) if met is operand else None
-        first = MATMULS.get(reader.target)
-        if first is None or reader.args[first + 1] is not operand:
+        query, read = _operands(reader, site.is_key)
+        met = query if site.is_key else reader
+        if read is not operand or shape(met)[-1] != site.rows.dim:
             return None
-        left = reader.args[first]
-        assert isinstance(left, Node)
-        if site.is_key:
-            return cls(reader, left) if shape(left)[-1] == width else None
-        return cls(reader, None) if shape(reader)[-1] == width else None
+        return cls(reader, query if site.is_key else None)
 
     def write(self, program: Program, rows: Rows, run: Written) -> None:
         graph = program.graph
@@ -175,6 +168,15 @@ class Turn:
             result = rows.turned(self.reader, run)
         for user in users:
             swap_argument(user, self.reader, result)
+
+
+def _operands(reader: Node, is_key: bool) -> tuple[Any, Any]:
+    """What attention, or a product of it, reads on the left, and on the right from the cache."""
+    attention = Attention.of(reader)
+    if attention is not None:
+        return attention.query, attention.key if is_key else attention.value
+    first = MATMULS.get(reader.target)
+    return (None, None) if first is None else (reader.args[first], reader.args[first + 1])
 
 
 def _inputs(program: Program, codes: Node, rows: Rows) -> list[Node]:

@@ -37,8 +37,8 @@ RUNS = {
     ),
     "kv_traffic.py": (["--tiny", "--max-len", "256", "--filled", "100"], "5.1x less"),
     "decode_speed.py": (
-        ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],
-        "stock eager",
+        ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8", "--kv-dtype", "int8"],
+        "fxopt, int8",
     ),
     "kv_perplexity.py": (
         ["--model", TINY, "--tokens", "256", "--window", "128", "--new", "8"],

@@ -1,136 +1,32 @@
-"""Caches of fewer bits: what a format may be off by, what the graphs say over one, and what cannot be."""
+"""The pass ``quantize_kv``: what graphs and ``generate`` say over a cache of fewer bits, and what cannot be."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from edited_programs import attempt, edited, static
+from rounded_caches import CHUNK, GREEDY, NAMES, chosen, llama, optimised, prompt, rounding_cache
+from saved_models import edit
 from sentences import assert_sentence
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 import fxopt
-from fxopt.cache import BufferSet
+from fxopt import ArtifactError
 from fxopt.errors import InvalidRequestError
-from fxopt.families import FAMILIES, VOCABULARY, tiny
-from fxopt.kv_formats import FORMATS, FormatName, KVFormat, hadamard
+from fxopt.families import FAMILIES, tiny
+from fxopt.kv_formats import FormatName
 from fxopt.passes.quantize_kv import QuantizeKV
-from fxopt.program import Facts, KVShape, Program, Rows
+from fxopt.program import Program
 from fxopt.testing import check_pass
 
 aten = torch.ops.aten
-NAMES: tuple[FormatName, ...] = ("int8", "fp8", "int4")
-CPU = torch.device("cpu")
 MAX_LEN = 300  # past 128 and 256 rows
-CHUNK = 16
-GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-# --- formats -------------------------------------------------------------------------------------
-
-#: The largest error of a number: in codes of the row's largest, and of the number itself.
-BOUNDS: dict[FormatName, tuple[float, float]] = {
-    "int8": (0.5 / 127 * (1 + 2**-7), 0.0),
-    "fp8": (2.0**-10 / 448 * (1 + 2**-7), 2.0**-4),
-}
-
-
-def rows_of(width: int, kind: int, name: FormatName, dtype: torch.dtype = torch.float32) -> Rows:
-    return Rows("key_0", 2, width, dtype, CPU, FORMATS[name][kind])
-
-
-def samples(width: int) -> dict[str, Tensor]:
-    noise = torch.randn(2, 2, 33, width, generator=torch.Generator().manual_seed(width))
-    outlier = noise.clone()
-    outlier[..., 3] += 40.0
-    return {
-        "noise": noise,
-        "one large": outlier,
-        "of one sign": noise.abs() + 5.0,
-        "tiny": 1e-4 * noise,
-        "huge": 200.0 * noise,
-        "zeros": torch.zeros_like(noise),
-    }
-
-
-@pytest.mark.parametrize("name", ["int8", "fp8"])
-@pytest.mark.parametrize("width", [16, 64, 80])
-def test_no_number_is_off_by_more_than_the_format_says(name: FormatName, width: int) -> None:
-    of_row, of_number = BOUNDS[name]
-    kept = rows_of(width, 0, name)
-    for kind, rows in samples(width).items():
-        found = kept.decode(kept.encode(rows))
-        allowed = of_row * rows.abs().amax(-1, keepdim=True) + of_number * rows.abs()
-        assert bool(((found - rows).abs() <= allowed + 1e-30).all()), kind
-
-
-@pytest.mark.parametrize("kind", [0, 1])
-@pytest.mark.parametrize("width", [16, 64, 80, 128])
-def test_no_row_is_off_by_more_than_int4_says(width: int, kind: int) -> None:
-    """By length, since rows are turned: half a step for each number, and what is cut off at the ends of a group."""
-    kept = rows_of(width, kind, "int4")
-    members = width // 2 // kept.buffers[1].width
-    for name, rows in samples(width).items():
-        error = (kept.decode(kept.encode(rows)) - rows).norm(dim=-1)
-        largest = kept.turned(rows).unflatten(-1, (-1, members)).abs().amax(-1)
-        scale = largest.amax(-1, keepdim=True) / 7.65 * (1 + 2**-3) + 2.0**-24  # of the row, rounded up
-        step = largest / 7.65 + scale / 16  # a group may have half a share too many, and has one at least
-        cut = (largest - 7.5 * (largest / 7.65 - scale / 32)).clamp(min=0)
-        allowed = ((0.5 * step).maximum(cut).square() * members).sum(-1).sqrt()
-        assert bool((error <= allowed * 1.001).all()), name
-        if name == "noise":
-            assert float((error / rows.norm(dim=-1)).mean()) < 0.1
-
-
-def test_one_large_number_does_not_cost_the_others_theirs() -> None:
-    """What the turning is for."""
-    rows, kept = samples(64)["one large"], rows_of(64, 0, "int4")
-    found = kept.decode(kept.encode(rows))
-    scale = rows.abs().amax(-1, keepdim=True) / 7
-    plain = (rows / scale).round() * scale
-    assert float((found - rows).norm()) < 0.6 * float((plain - rows).norm())
-
-
-@pytest.mark.parametrize("size", [8, 16, 64])
-def test_turned_twice_is_as_before(size: int) -> None:
-    torch.testing.assert_close(hadamard(size) @ hadamard(size), torch.eye(size), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_buffer_of_zeros_is_read_as_zeros(name: FormatName) -> None:
-    """Rows that nobody has written are masked, and must be numbers all the same."""
-    for kind in (0, 1):
-        kept = rows_of(64, kind, name)
-        parts = [torch.zeros(buffer.shape(1, 5), dtype=buffer.dtype) for buffer in kept.buffers]
-        assert float(kept.decode(parts).abs().max()) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_come_back_in_the_dtype_of_the_model(name: FormatName, dtype: torch.dtype) -> None:
-    kept, rows = rows_of(64, 0, name, dtype), samples(64)["noise"].to(dtype)
-    found = kept.decode(kept.encode(rows))
-    assert found.dtype is dtype
-    assert float((found.float() - rows.float()).norm() / rows.float().norm()) < 0.1
-
-
-@pytest.mark.parametrize(("name", "most"), [("int8", 0.53), ("fp8", 0.53), ("int4", 0.28)])
-@pytest.mark.parametrize("width", [64, 128])
-def test_bytes(name: FormatName, most: float, width: int) -> None:
-    """Beside bfloat16, scales included; and what is counted is what is allocated."""
-    shape = KVShape(3, width, 3, width, name, name)
-    facts = Facts((shape,) * 2, 128, 100, torch.float32, CPU, 0, 0, 0, tuple)
-    half = replace(facts, layers=(KVShape(3, width, 3, width),) * 2, dtype=torch.bfloat16)
-    sets = [BufferSet(one, 2) for one in (facts, half)]
-    kept, plain = (sum(tensor.nbytes for tensor in one.tensors.values()) for one in sets)
-    assert kept <= most * plain
-    assert all(one.nbytes - one.mask.nbytes == nbytes for one, nbytes in zip(sets, (kept, plain), strict=True))
 
 
 # --- graphs --------------------------------------------------------------------------------------
@@ -200,49 +96,9 @@ def test_the_report_says_what_the_format_costs() -> None:
 
 # --- generating ----------------------------------------------------------------------------------
 
-
-class Rounding(DynamicLayer):
-    """A layer of Transformers' own cache that keeps what the format makes of each row."""
-
-    def __init__(self, kept: tuple[Rows, Rows]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        key, value = self.kept
-        states = key.decode(key.encode(key_states)), value.decode(value.encode(value_states))
-        found: tuple[Tensor, Tensor] = super().update(*states, *args, **kwargs)
-        return found
-
-
-def rounding_cache(fast: Any) -> DynamicCache:
-    facts = fast.fxopt.engine.facts
-    cache = DynamicCache()
-    cache.layers = [Rounding(facts.rows(layer)) for layer in range(len(facts.layers))]
-    return cache
-
-
-def optimised(stock: PreTrainedModel, name: FormatName, **options: Any) -> Any:
-    return fxopt.optimize(
-        stock, 100, passes=chosen(name), **{"backend": "eager", "verify": "off", "chunk": CHUNK, **options}
-    )
-
-
-def chosen(name: FormatName) -> dict[str, Any]:
-    return {"quantize_kv": {"kv_dtype": name}}
-
-
-def prompt(batch: int = 1, length: int = 21, padded: bool = False) -> dict[str, Tensor]:
-    tokens = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
-    mask = torch.ones_like(tokens)
-    for row in range(1, batch if padded else 0):
-        mask[row, : row * length // batch] = 0
-    return {"input_ids": tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
-
-
 MODES: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     "greedy": (prompt(), {}),
-    "greedy, left-padded": (prompt(3, padded=True), {}),
+    "greedy, left-padded": (prompt(3, 23, padded=True), {}),
     "beams": (prompt(2, padded=True), {"num_beams": 3}),
     "several beams": (prompt(), {"num_beams": 3, "num_return_sequences": 2}),
     "scores": (prompt(), {"output_scores": True}),
@@ -265,46 +121,48 @@ def test_tokens_are_those_of_the_stock_model_over_such_a_cache(name: FormatName,
 @pytest.mark.parametrize("name", NAMES)
 def test_drafts_are_taken_back(name: FormatName) -> None:
     """Assisted decoding and prompt lookup crop the cache, and say what greedy decoding says."""
-    stock = tiny("llama")
-    fast, greedy = optimised(stock, name), {**GREEDY, "max_new_tokens": 30}
+    _, fast = llama(name)
+    greedy = {**GREEDY, "max_new_tokens": 30}
     expected = fast.generate(**prompt(), **greedy).tolist()
     assert fast.generate(**prompt(), **greedy, assistant_model=tiny("llama", num_hidden_layers=1)).tolist() == expected
     assert fast.generate(**prompt(), **greedy, prompt_lookup_num_tokens=3).tolist() == expected
     assert fast.fxopt.stats["verify"] + fast.fxopt.stats["score"] > 0
 
 
-Edit = Callable[[Any], None]
-EDITS: dict[str, tuple[Edit, int]] = {
-    "repeated and selected": (
-        lambda cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices(torch.tensor([3, 0, 1]))),  # type: ignore[dict-item]
-        3,
-    ),
-    "reordered": (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), 2),
-    "cropped": (lambda cache: cache.crop(-4), 2),
-}
+def repeated_and_selected(cache: Any) -> Any:
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    return cache
 
 
-@pytest.mark.parametrize("edit", EDITS)
+def reordered(cache: Any) -> Any:
+    cache.reorder_cache(torch.tensor([1, 1]))
+    return cache
+
+
+def cropped(cache: Any) -> Any:
+    cache.crop(-4)
+    return cache
+
+
+@pytest.mark.parametrize("change", [repeated_and_selected, reordered, cropped, copy.deepcopy])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_buffer_follows(name: FormatName, edit: str) -> None:
-    stock = tiny("llama")
-    fast = optimised(stock, name)
-    change, batch = EDITS[edit]
+def test_every_buffer_follows(name: FormatName, change: Callable[[Any], Any]) -> None:
+    stock, fast = llama(name)
     said = []
     for model, cache in ((stock, rounding_cache(fast)), (fast, fast.fxopt.engine.new_cache(2))):
         model(**prompt(2), past_key_values=cache, use_cache=True)
-        change(cache)
-        length = cache.get_seq_length() + 1
+        changed = change(cache)
+        batch, length = changed.layers[0].keys.shape[0], changed.get_seq_length() + 1
         tokens, mask = torch.arange(5, 5 + batch)[:, None], torch.ones(batch, length, dtype=torch.long)
-        said.append(model(input_ids=tokens, attention_mask=mask, past_key_values=cache).logits)
+        said.append(model(input_ids=tokens, attention_mask=mask, past_key_values=changed).logits)
     torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_models_own_code_reads_such_a_cache(name: FormatName) -> None:
     """A call that asks for attentions goes on from rows that the graphs have written, and writes its own."""
-    stock = tiny("llama")
-    fast = optimised(stock, name)
+    stock, fast = llama(name)
     said = []
     for model, cache in ((stock, rounding_cache(fast)), (fast, fast.fxopt.engine.new_cache(2))):
         model(**prompt(2), past_key_values=cache, use_cache=True)
@@ -337,12 +195,22 @@ def test_compiled(name: FormatName) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_and_loaded(name: FormatName, home: Any, tmp_path: Any) -> None:
-    stock = tiny("llama")
-    fast = optimised(stock, name)
+    stock, fast = llama(name)
     fast.fxopt.save(tmp_path / "saved")
     again: Any = fxopt.load(tmp_path / "saved", stock, expected={"passes": chosen(name)})
     assert again.fxopt.engine.facts.formats == (name,)
     assert torch.equal(again(**prompt()).logits, fast(**prompt()).logits)
+
+
+@pytest.mark.parametrize(
+    ("format", "words"), [("int2", "key_format should be one of"), ("int4", "a buffer of"), (None, "a buffer of")]
+)
+def test_a_saved_format_that_was_edited(format: str | None, words: str, home: Any, tmp_path: Any) -> None:
+    stock, fast = llama("int8")
+    fast.fxopt.save(tmp_path / "saved")
+    edit(tmp_path / "saved", "manifest.json", lambda data: data["facts"]["layers"][1].update(key_format=format))
+    with pytest.raises(ArtifactError, match=words):
+        fxopt.load(tmp_path / "saved", stock, code="again")
 
 
 # --- what cannot be ------------------------------------------------------------------------------
@@ -382,10 +250,3 @@ def test_a_buffer_that_something_else_reads() -> None:
     assert "key_0 is also read by sum_default, which would find codes there" in outcome.refused[0].reason
     assert result.facts.layers[0].key_format is None
     assert result.facts.layers[0].value_format == "int8"
-
-
-def test_formats_are_formats() -> None:
-    for pair in FORMATS.values():
-        for one in pair:
-            format: KVFormat = one  # what mypy checks
-            assert format.parts(64)[0].suffix == ""
