@@ -106,6 +106,14 @@ def test_weights_and_cache_together(store: str, tmp_path: Path) -> None:
     assert not stats["weight bytes stored"]
 
 
+@pytest.mark.parametrize("off", ["window_kv", "fuse_qkv", "grouped_attention"])
+def test_without_another_pass(off: str, tmp_path: Path) -> None:
+    model = tiny("llama", layers=LAYERS)
+    fast = away(model, tmp_path, more={off: False})
+    for batch in (1, 2):
+        assert torch.equal(tokens(fast, batch), tokens(model, batch))
+
+
 @pytest.mark.slow
 def test_compiled_and_verified(tmp_path: Path) -> None:
     model = tiny("llama", layers=LAYERS)

@@ -25,12 +25,12 @@ class Way:
     family: str = "llama"
     layers: int = 2
 
-    def optimised(self, name: FormatName, folder: Path) -> tuple[Any, Any]:
-        """The stock model and the fast one; weights that are streamed go to ``folder``."""
+    def optimised(self, format: FormatName, folder: Path) -> tuple[Any, Any]:
+        """The stock model and the fast one; what is streamed goes to ``folder``."""
         stock, passes = tiny(self.family, layers=self.layers), dict(self.passes)
-        if "offload_weights" in passes:
-            passes["offload_weights"] = {"resident": 0.25, "folder": str(folder)}
-        fast = optimised(stock, name, passes, **self.options)
+        for name in {"offload_weights", "offload_kv"} & passes.keys():
+            passes[name] = {"resident": 0.25, "folder": str(folder)}
+        fast = optimised(stock, format, passes, **self.options)
         outcome = fast.fxopt.report["quantize_kv"]
         assert outcome.matched == outcome.expected == 2 * self.layers
         return stock, fast
@@ -51,6 +51,9 @@ IN_PIECES: dict[str, Way] = {
     "layer": Way(options={**LAYERED, "max_batch": 3}),
     "layer, mixtral": Way(options=LAYERED, family="mixtral"),
     "offload_weights": Way({"offload_weights": True}, LAYERED, layers=4),
+    "offload_kv": Way({"offload_kv": True}, LAYERED, layers=4),
+    "offload_kv, window_kv off": Way({"offload_kv": True, "window_kv": False}, LAYERED, layers=4),
+    "offload_kv, offload_weights": Way({"offload_kv": True, "offload_weights": True}, LAYERED, layers=4),
 }
 COMPILED: dict[str, Way] = {
     "whole": Way(options={"compile": "whole", "max_batch": 3, **STRICT}),
@@ -59,7 +62,9 @@ COMPILED: dict[str, Way] = {
     "window_kv off": Way({"window_kv": False}),
     "grouped_attention off": Way({"grouped_attention": False}),
     "plan_memory": Way({"plan_memory": True}, {"max_batch": 3, **STRICT}),
-    "plan_memory, offload_weights": Way({"plan_memory": True, "offload_weights": True}, {"compile": "layer"}, layers=4),
+    "plan_memory and both offloads": Way(
+        {"plan_memory": True, "offload_weights": True, "offload_kv": True}, {"compile": "layer"}, layers=4
+    ),
 }
 BOTH: tuple[FormatName, ...] = ("int8", "int4")
 
