@@ -30,7 +30,7 @@ from fxopt.report import Report
 from fxopt.request import Request, Verify
 from fxopt.rewrite import Pass
 from fxopt.row_streams import RowStreams
-from fxopt.stream_notes import note_rows, note_weights, stream_outcome
+from fxopt.stream_notes import forget_timed, note_rows, note_weights, stream_outcome
 from fxopt.stream_options import StreamingPass
 from fxopt.streaming import Streaming, admit_streams, moved, streamed_rows
 from fxopt.weights import pack, packed_bytes
@@ -178,6 +178,7 @@ def _note_streams(
     if engine.streams is not None:
         with progress.step("time a streamed cache"):
             report.cache = note_rows(engine.streams, engine, report.context)
+    forget_timed(engine)
     for rewriter in pipeline.kept:
         if isinstance(rewriter, StreamingPass):
             use = report.cache if isinstance(rewriter, OffloadKV) else report.streams

@@ -11,7 +11,7 @@ from typing import Any
 from fxopt.changes import Group, changes, unified
 from fxopt.errors import InvalidRequestError
 from fxopt.in_place import InPlaceProof
-from fxopt.offload.use import CacheUse, WeightUse
+from fxopt.offload.use import CacheUse, StreamUse, WeightUse
 from fxopt.outcome import Check, Outcome
 from fxopt.placement import ArenaUse
 
@@ -46,6 +46,12 @@ class ReportData:
     @property
     def passes(self) -> list[Outcome]:
         return [stage for stage in self.stages if stage.stage in PASS_STAGES]
+
+    @property
+    def streamed(self) -> dict[str, StreamUse]:
+        """What each pass that streams layers came to."""
+        both: dict[str, StreamUse | None] = {"offload_weights": self.streams, "offload_kv": self.cache}
+        return {name: use for name, use in both.items() if use is not None}
 
     def __getitem__(self, name: str) -> Outcome:
         """The stage of this name."""

@@ -19,6 +19,8 @@ from typing import Any
 from fxopt.arena_pictures import pictures
 from fxopt.changes import Group
 from fxopt.listing import Line
+from fxopt.offload.timeline import draw
+from fxopt.offload.use import StreamUse
 from fxopt.outcome import Check, Outcome, Spot
 from fxopt.report_data import PASS_STAGES, ReportData, finite
 from fxopt.report_text import as_text
@@ -35,11 +37,14 @@ _UNSAFE = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u202
 
 def as_page(report: ReportData) -> str:
     style, script = _static("style.css"), "\n".join(_static(f"{name}.js") for name in SCRIPTS.split())
-    drawn = pictures(report.arenas)
-    styles = [style, *dict.fromkeys(found for picture in drawn for found in _STYLE.findall(picture))]
+    drawn = [("plan_memory", picture) for picture in pictures(report.arenas)]
+    drawn += [(name, draw(use, f"A decode step: {_WHAT[name]}")) for name, use in report.streamed.items()]
+    styles = [style, *dict.fromkeys(found for _, picture in drawn for found in _STYLE.findall(picture))]
     parts = {
         "policy": _policy(styles, script),
-        "pictures": "\n".join(f"<figure>{picture}</figure>" for picture in drawn),
+        "pictures": "\n".join(
+            f'<figure data-stage="{stage}">{picture}</figure>' for stage, picture in drawn if picture
+        ),
         "title": html.escape(f"{report.model}, rewritten by fxopt"),
         "style": style,
         "script": script,
@@ -89,12 +94,31 @@ def _data(report: ReportData) -> dict[str, Any]:
                 {"name": name, "arena": use.arena, "lower_bound": use.lower_bound, "handed_on": use.handed_on}
                 for name, use in report.arenas.items()
             ],
+            "streams": [_stream(name, use) for name, use in report.streamed.items()],
             "launches": list(report.launches.items()),
             "seconds": list(report.seconds.items()),
         },
         "stages": stages,
         "lines": list(tables.lines),
         "strings": list(tables.strings),
+    }
+
+
+#: What a pass streams, and what the device holds of it.
+_WHAT = {"offload_weights": "weights", "offload_kv": "the cache of one sequence"}
+
+
+def _stream(name: str, use: StreamUse) -> dict[str, Any]:
+    placed = use.placement
+    return {
+        "pass": name,
+        "what": _WHAT[name],
+        "layers": len(placed.sizes),
+        "slots": placed.slots,
+        "slot_bytes": placed.slot_bytes,
+        "device_bytes": placed.device_bytes,
+        "moved": use.predicted.moved if use.predicted is not None else None,
+        "store": use.where,
     }
 
 

@@ -154,7 +154,7 @@ def _weights(use: WeightUse) -> str:
     placed = use.placement
     own = f", {size(use.in_place)}B of them in the model's own files" if use.in_place else ""
     return (
-        f"weights: {len(placed.offloaded)} of {len(placed.sizes)} layers are streamed from {_where(use)} "
+        f"weights: {len(placed.offloaded)} of {len(placed.sizes)} layers are streamed from {use.where} "
         f"({size(placed.moved)}B a step{own}) through {placed.slots} slots of {size(placed.slot_bytes)}B; weights take "
         f"{size(placed.device_bytes)}B"
     )
@@ -167,14 +167,10 @@ def _cache(use: CacheUse) -> str:
             f"cache: all {len(placed.sizes)} layers of one sequence fit into the budget, in {size(sum(placed.sizes))}B"
         )
     return (
-        f"cache: {len(placed.offloaded)} of {len(placed.sizes)} layers are streamed from {_where(use)} "
+        f"cache: {len(placed.offloaded)} of {len(placed.sizes)} layers are streamed from {use.where} "
         f"({size(use.row_bytes)}B for each filled row) through {placed.slots} slots of {size(placed.slot_bytes)}B; the "
         f"cache of one sequence takes {size(placed.device_bytes)}B, and {size(placed.moved)}B there"
     )
-
-
-def _where(use: StreamUse) -> str:
-    return "memory of the host" if use.store == "cpu" else "disk"
 
 
 def _streams(use: StreamUse, headline: str) -> Iterator[str]:

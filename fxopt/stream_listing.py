@@ -15,7 +15,7 @@ def with_streams(graph: Listing, placed: Placement, what: str, made_by: str, *, 
     """
     ends: dict[int, tuple[int, int]] = {}
     for place, line in enumerate(graph):
-        if line.layer is not None and line.layer in placed.offloaded:
+        if line.layer is not None and line.layer in placed.offloaded and not line.template.startswith(f"wait({NAME}"):
             first, _ = ends.get(line.layer, (place, place))
             ends[line.layer] = first, place
     front = {first: layer for layer, (first, _) in ends.items()}

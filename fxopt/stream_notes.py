@@ -64,10 +64,17 @@ def _timed(engine: Engine, cache: BufferCache, ring: Ring, context: int) -> tupl
         engine.decoding(cache, tokens)(tokens)
     after = ring.tally.counters
     ring.settle()
-    ring.tally.begin_anew()
     engine.stats.clear()  # these steps are nobody's
     engine.stats.update(counted)
     return before, after
+
+
+def forget_timed(engine: Engine) -> None:
+    """Count from here on: what was timed was nobody's."""
+    if engine.ring is not None:
+        engine.ring.tally.begin_anew()
+    if engine.streams is not None:
+        engine.streams.tally.begin_anew()
 
 
 def stream_outcome(rewriter: StreamingPass, use: StreamUse | None, graph: Callable[[], Listing]) -> Outcome:

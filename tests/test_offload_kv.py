@@ -26,6 +26,7 @@ from fxopt.errors import CacheMemoryError
 from fxopt.families import tiny
 from fxopt.offload import StoreError
 from fxopt.passes.offload_kv import OffloadKV
+from fxopt.report_page import as_page
 from fxopt.row_streams import RowStreams
 
 PROMPT = torch.arange(3, 23)[None]
@@ -416,6 +417,9 @@ def test_the_report_says_who_waits_for_what(fast: Any) -> None:
     assert report.cache.predicted.moved == len(AWAY) * report.cache.context * row_bytes(fast)
     assert report.to_dict()["cache"]["placement"]["offloaded"] == AWAY
     report.to_json()
+    page = as_page(report)
+    assert '<figure data-stage="offload_kv"><svg' in page
+    assert "A decode step: the cache of one sequence" in page
 
 
 def test_the_diff_shows_waits_stores_and_reads(fast: Any) -> None:

@@ -23,6 +23,16 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Span:
+    """What goes on for some time: a layer is read, or runs. Seconds from the start of the step."""
+
+    layer: int
+    is_read: bool
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One step, when many have gone before. Seconds but for ``moved``."""
 
@@ -30,6 +40,7 @@ class Prediction:
     copy: float  # that moving them takes
     compute: float
     step: float
+    timeline: tuple[Span, ...] = ()  # layers that run in this step, and reads that go on meanwhile
 
     @property
     def exposed(self) -> float:
@@ -53,26 +64,36 @@ def predict(sizes: Sequence[int], offloaded: Sequence[int], slots: int, rates: R
     compute = sum(rates.compute) + rates.rest
     if not offloaded:
         return Prediction(0, 0.0, compute, compute)
-    ends = _ends(sizes, frozenset(offloaded), slots, rates)
-    half = STEPS // 2
+    ends, spans = _simulated(sizes, frozenset(offloaded), slots, rates)
+    half, begin = STEPS // 2, ends[-2]
     step = max(compute, (ends[-1] - ends[half - 1]) / (STEPS - half))
-    return Prediction(moved, moved / rates.bandwidth, compute, step)
+    timeline = [
+        Span(one.layer, one.is_read, max(0.0, one.start - begin), min(one.end, ends[-1]) - begin)
+        for one in spans
+        if one.end > begin and one.start < ends[-1]
+    ]
+    return Prediction(moved, moved / rates.bandwidth, compute, step, tuple(timeline))
 
 
-def _ends(sizes: Sequence[int], offloaded: frozenset[int], slots: int, rates: Rates) -> list[float]:
-    """When each of the simulated steps ends."""
+def _simulated(
+    sizes: Sequence[int], offloaded: frozenset[int], slots: int, rates: Rates
+) -> tuple[list[float], list[Span]]:
+    """When each of the steps ends, and what went on."""
     now = reader = 0.0
     freed = [0.0] * slots  # when each slot was last let go of
-    turn, ends = 0, []
-    for _ in range(STEPS):
+    turn, ends, spans = 0, [], []
+    for _ in range(STEPS + 1):  # in the last one layers are read that are read ahead in the one before
         for layer, seconds in enumerate(rates.compute):
             if layer in offloaded:
-                reader = max(reader, freed[turn % slots]) + sizes[layer] / rates.bandwidth
+                begun = max(reader, freed[turn % slots])
+                reader = begun + sizes[layer] / rates.bandwidth
+                spans.append(Span(layer, True, begun, reader))
                 now = max(now, reader)
+            spans.append(Span(layer, False, now, now + seconds))
             now += seconds
             if layer in offloaded:
                 freed[turn % slots] = now
                 turn += 1
         now += rates.rest
         ends.append(now)
-    return ends
+    return ends[:STEPS], spans

@@ -23,6 +23,11 @@ class StreamUse:
     measured: dict[str, Steps] = field(default_factory=dict)
 
     @property
+    def where(self) -> str:
+        """The store in words."""
+        return "memory of the host" if self.store == "cpu" else "disk"
+
+    @property
     def schedule(self) -> tuple[str, ...]:
         """One line for each layer: what happens before it runs, and after."""
         placed, lines = self.placement, []

@@ -17,8 +17,10 @@ function marginNumber(source) {
 function drawGraph() {
   const stage = stages[state.stage];
   const graph = byId("graph");
-  byId("memory").hidden = stage.kind !== "code" || stage.state === "dropped";
-  graph.hidden = byId("card").hidden = stage.kind === "code";
+  const pictures = [...byId("memory").querySelectorAll("figure")];
+  for (const picture of pictures) picture.hidden = picture.dataset.stage !== stage.name || stage.state === "dropped";
+  byId("memory").hidden = pictures.every((picture) => picture.hidden);
+  graph.hidden = byId("card").hidden = stage.kind === "code" && !stage.groups.length;
   if (!stage.groups.length) {
     graph.replaceChildren(el("p", { class: "empty", text: "There is no graph: the pass failed before it made one." }));
     return;

@@ -56,8 +56,22 @@ function passTiles(stage) {
   ];
 }
 
-/** The sizes of the one arena are those of the graph that needs most. */
 function codeTiles(stage) {
+  const stream = report.streams.find(({ pass }) => pass === stage.name);
+  return stream ? streamTiles(stage, stream) : arenaTiles(stage);
+}
+
+function streamTiles(stage, stream) {
+  return [
+    tile("Layers streamed", amount(stage.matched), `of ${amount(stream.layers)}`),
+    tile("Slots", amount(stream.slots), `of ${size(stream.slot_bytes)}`),
+    tile("On the device", size(stream.device_bytes), stream.what),
+    tile("Read in a step", stream.moved === null ? "–" : size(stream.moved), `from ${stream.store}`),
+  ];
+}
+
+/** The sizes of the one arena are those of the graph that needs most. */
+function arenaTiles(stage) {
   const most = (key) => Math.max(0, ...report.arenas.map((graph) => graph[key]));
   const [arena, least] = [most("arena"), most("lower_bound")];
   return [

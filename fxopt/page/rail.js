@@ -7,7 +7,7 @@ function drawRail(focus) {
   const chosen = () => rail.querySelector('[aria-selected="true"]');
   if (!rail.childElementCount) {
     stages.forEach((stage, index) => {
-      if (railHeading[stage.kind])
+      if (railHeading[stage.kind] && stage.kind !== stages[index - 1]?.kind)
         rail.append(el("div", { class: "rail-head", role: "presentation", text: railHeading[stage.kind] }));
       rail.append(railItem(stage, index));
     });
@@ -60,8 +60,10 @@ const verifiedLabel = ({ verified }) =>
     ? `, ${held(verified) ? "verified" : "not the stock result"}: error ${tiny(verified.error)} of ${tiny(verified.allowed)} allowed`
     : "";
 
+const codeNote = (stage) => (stage.groups.some((group) => group.changed) ? "between the pieces" : "no graph changes");
+
 function railNote(stage) {
-  if (stage.kind === "code") return stage.state === "dropped" ? "" : "no graph changes";
+  if (stage.kind === "code") return stage.state === "dropped" ? "" : codeNote(stage);
   if (stage.state === "start") return plural(stage.nodes[1], "node");
   const left = stage.refused.length + (stage.state === "complete" ? 0 : stage.near.length);
   const change = stage.nodes[1] - stage.nodes[0];
