@@ -98,7 +98,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     if judge is not None:
         with progress.step("verify the graphs"):
             report.checks += pipeline.verify()
-    rows = streamed_rows(pipeline.kept, pipeline.program)
+    rows = streamed_rows(pipeline.kept, pipeline.program, batch)
     streams = None
     if any(isinstance(one, OffloadWeights) for one in pipeline.kept):
         with progress.step("move weights"):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fxopt.chain import Plan
 from fxopt.file_weights import raw
-from fxopt.offload.ring import Ring, Tally
+from fxopt.offload.ring import Leave, Ring, Tally
 from fxopt.offload.rows import Block, RowStore, Strips
 from fxopt.program import Buffer
+from fxopt.streamed_chain import RingFeed
 
 WHAT = "rows of the cache"  # in sentences
 
@@ -58,6 +58,14 @@ class AwayRows:
         """Memory of the device."""
         return sum(slot.nbytes for slot in self.slots)
 
+    @property
+    def is_served(self) -> bool:
+        return self.ring.is_served
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self.ring.stop()
+
     def begin(self, batch: int) -> None:
         """Be empty, for so many sequences."""
         self.ring.settle()
@@ -79,6 +87,7 @@ class AwayRows:
         rows = torch.empty(buffer.shape(self.batch, end - start), dtype=buffer.dtype)
         if rows.nbytes:
             self.store.read(turn, number, start, end, raw(rows))
+            self.ring.tally.add(nbytes=rows.nbytes)
         return rows
 
     def write(self, name: str, start: int, rows: Tensor) -> None:
@@ -89,46 +98,29 @@ class AwayRows:
         whole = rows.to(buffer.dtype).expand(buffer.shape(self.batch, rows.shape[2])).contiguous()
         if whole.nbytes:
             self.store.write(turn, number, start, start + rows.shape[2], raw(whole))
+            self.ring.tally.add(stored=whole.nbytes)
 
     def crop(self, rows: int) -> None:
         """Have no more than so many rows; slots may hold some of the others, behind the mask."""
         self.ring.settle()
         self.store.crop(rows)
 
-    def feed(self, plan: Plan) -> RowFeed:
-        """What brings the rows to the pieces of a graph."""
-        return RowFeed(self, plan)
-
-
-class RowFeed:
-    """Hands each layer its slot, and stores the rows that it has written there."""
-
-    def __init__(self, away: AwayRows, plan: Plan) -> None:
-        self._away = away
-        self._turns: dict[int, int] = {}
-        for turn, buffers in enumerate(away.layers):
+    def feed(self, plan: Plan) -> RingFeed:
+        """What brings the rows to the pieces of a graph, and stores those that they write."""
+        turns: dict[int, int] = {}
+        for turn, buffers in enumerate(self.layers):
             readers = plan.readers([buffer.name for buffer in buffers])
-            if len(readers) != 1 or readers[0] in self._turns:
+            if len(readers) != 1 or readers[0] in turns:
                 raise RuntimeError(f"the buffers {', '.join(b.name for b in buffers)} are not those of one piece alone")
-            self._turns[readers[0]] = turn
-        if list(self._turns) != sorted(self._turns):
+            turns[readers[0]] = turn
+        if list(turns) != sorted(turns):
             raise RuntimeError("layers run in another order than their rows are brought in")
-        self.places = self._turns.keys()
-        self._views = {
-            place: [_views(away, turn, slot, plan) for slot in away.slots] for place, turn in self._turns.items()
-        }
+        views = {place: [_views(self, turn, slot, plan) for slot in self.slots] for place, turn in turns.items()}
 
-    @contextlib.contextmanager
-    def run(self, kind: str) -> Iterator[None]:
-        with self._away.ring.step(kind):
-            yield
+        def leave(place: int) -> Leave:
+            return functools.partial(self.store.put, turns[place], self.writes.start, self.writes.stop)
 
-    def wait(self, place: int) -> Sequence[tuple[int, Tensor]]:
-        return self._views[place][self._away.ring.wait()]
-
-    def done(self, place: int) -> None:
-        away, rows = self._away, self._away.writes
-        away.ring.free(functools.partial(away.store.put, self._turns[place], rows.start, rows.stop))
+        return RingFeed(self.ring, views, leave=leave)
 
 
 def _views(away: AwayRows, turn: int, slot: Tensor, plan: Plan) -> list[tuple[int, Tensor]]:

@@ -7,6 +7,7 @@ of 1, 2, 4, 8 … sequences, and a batch uses the first rows of the smallest tha
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import defaultdict
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from fxopt.away_rows import AwayRows
 from fxopt.errors import CacheMemoryError, InvalidRequestError, first_line
+from fxopt.offload.errors import StoreError
 from fxopt.program import Facts, Rows
 from fxopt.row_streams import RowStreams
 
@@ -45,11 +47,19 @@ class BufferSet:
         self.nbytes = sum(tensor.nbytes for tensor in (*self.tensors.values(), self.mask))
         self.nbytes += self.away.nbytes if self.away is not None else 0
 
+    @property
+    def is_usable(self) -> bool:
+        return self.away is None or self.away.is_served
+
     def clear(self) -> None:
+        """What is away is forgotten when the next cache begins: the collector calls this, and may not wait."""
         for tensor in (*self.tensors.values(), self.mask):
             tensor.zero_()
+
+    def close(self) -> None:
+        """Let go of files now, not when somebody finds the time."""
         if self.away is not None:
-            self.away.begin(self.away.batch)
+            self.away.close()
 
 
 class Turn:
@@ -98,9 +108,18 @@ class BufferPool:
     def borrow(self, batch: int) -> BufferSet:
         size = self.size_for(batch)
         with self._lock:
-            buffers = self._idle[size].pop() if self._idle[size] else self._allocated(size)
+            buffers = self._of_size(size) or self._allocated(size)
             self._lent += buffers.nbytes
             return buffers
+
+    def _of_size(self, size: int) -> BufferSet | None:
+        """A set that is idle; those that a fork has left without their reader are let go of."""
+        while self._idle[size]:
+            buffers = self._idle[size].pop()
+            if buffers.is_usable:
+                return buffers
+            self.nbytes -= buffers.nbytes
+        return None
 
     def give_back(self, buffers: BufferSet) -> None:
         buffers.clear()
@@ -111,10 +130,13 @@ class BufferPool:
     def release(self) -> int:
         """Let go of every set that no cache is using; returns the bytes."""
         with self._lock:
-            freed = sum(buffers.nbytes for idle in self._idle.values() for buffers in idle)
+            found = [buffers for idle in self._idle.values() for buffers in idle]
             self._idle.clear()
+            freed = sum(buffers.nbytes for buffers in found)
             self.nbytes -= freed
-            return freed
+        for buffers in found:
+            buffers.close()
+        return freed
 
     def _allocated(self, size: int) -> BufferSet:
         needed = buffer_bytes(self._facts, size, self._streams)
@@ -124,9 +146,8 @@ class BufferPool:
                 raise CacheMemoryError(
                     self._sentence(size, needed, f"max_cache_bytes={self._most_bytes:,} allows less")
                 )
-        try:
-            buffers = BufferSet(self._facts, size, self._streams)
-        except (RuntimeError, MemoryError):
+        buffers = self._attempt(size)
+        if buffers is None:
             self.release()  # sets of other sizes may be in the way
             try:
                 buffers = BufferSet(self._facts, size, self._streams)
@@ -134,6 +155,12 @@ class BufferPool:
                 raise CacheMemoryError(self._sentence(size, needed, first_line(error))) from error
         self.nbytes += buffers.nbytes
         return buffers
+
+    def _attempt(self, size: int) -> BufferSet | None:
+        """A new set, if there is memory and room for it; nothing of one that fails is left behind."""
+        with contextlib.suppress(RuntimeError, MemoryError, StoreError):
+            return BufferSet(self._facts, size, self._streams)
+        return None
 
     def _sentence(self, size: int, needed: int, why: str) -> str:
         return (
@@ -152,6 +179,7 @@ class BufferCache(Cache):
 
     def __init__(self, pool: BufferPool, facts: Facts, batch: int) -> None:
         self.buffers = pool.borrow(batch)
+        self._lease = self._leased(pool)
         self.pool = pool
         self.batch = batch
         self._facts = facts
@@ -161,8 +189,12 @@ class BufferCache(Cache):
             self.away.begin(batch)
         self.mask = self.buffers.mask[:batch]
         super().__init__(layers=[self._layer(facts, layer) for layer in range(len(facts.layers))])
-        self._lease = weakref.finalize(self, pool.give_back, self.buffers)
-        self._lease.atexit = False
+
+    def _leased(self, pool: BufferPool) -> weakref.finalize[..., BufferCache]:
+        """Gives the buffers back when it is called, or when this cache is gone."""
+        lease = weakref.finalize(self, pool.give_back, self.buffers)
+        lease.atexit = False
+        return lease
 
     def _layer(self, facts: Facts, layer: int) -> StaticLayer:
         here, away = Here(self.tensors), self.away
@@ -174,10 +206,7 @@ class BufferCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BufferCache:
         """The same contents in buffers of their own: how a prompt's cache is kept for several answers."""
-        twin = BufferCache(self.pool, self._facts, self.batch)
-        twin._take_over(self._parts(), self.length)
-        twin.mask.copy_(self.mask)
-        return twin
+        return self._copy(torch.arange(self.batch, device=self.mask.device))
 
     @property
     def length(self) -> int:
@@ -220,23 +249,22 @@ class BufferCache(Cache):
         self._take(indices.to(self.mask.device))
 
     def _take(self, sequences: Tensor) -> None:
-        """Go on with some of the sequences, in buffers for that many."""
-        length, mask = self.length, self.mask.index_select(0, sequences)
-        parts = [[part.index_select(0, sequences) for part in kept] for kept in self._parts()]
+        """Go on with some of the sequences, in buffers for that many; an error leaves this cache as it is."""
+        twin = self._copy(sequences)
         self._lease()  # gives the buffers back
-        BufferCache.__init__(self, self.pool, self._facts, len(sequences))
-        self._take_over(parts, length)
-        self.mask.copy_(mask)
+        twin._lease.detach()
+        self.__dict__ = twin.__dict__
+        self._lease = self._leased(self.pool)
 
-    def _parts(self) -> list[Sequence[Tensor]]:
-        """What is filled of every K and V."""
-        return [kept.parts(0, self.length) for layer in self.layers for kept in layer.kept]
-
-    def _take_over(self, parts: Sequence[Sequence[Tensor]], length: int) -> None:
-        all_kept = [kept for layer in self.layers for kept in layer.kept]
-        for kept, found in zip(all_kept, parts, strict=True):
-            kept.put(0, found)
-        self.advance(length)
+    def _copy(self, sequences: Tensor) -> BufferCache:
+        """Some of the sequences in buffers of their own."""
+        twin = BufferCache(self.pool, self._facts, len(sequences))
+        for new, old in zip(twin.layers, self.layers, strict=True):
+            for target, source in zip(new.kept, old.kept, strict=True):  # one by one: all may be more than fits
+                target.put(0, [part.index_select(0, sequences) for part in source.parts(0, self.length)])
+        twin.mask.copy_(self.mask.index_select(0, sequences))
+        twin.advance(self.length)
+        return twin
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         super().crop(tokens_to_remove)
@@ -255,6 +283,8 @@ class BufferCache(Cache):
 
     def reset(self) -> None:
         self.buffers.clear()
+        if self.away is not None:
+            self.away.begin(self.batch)
         for layer in self.layers:
             layer.length = 0
 

@@ -98,10 +98,14 @@ class Handle:
         """How many steps ran on which graph, and how many on the eager model and why."""
         ring, rows = self.engine.ring, self.engine.streams
         if ring is not None:
-            self.engine.stats |= _counted(ring.tally.counters, "weight", "layers")
+            self._take_note(_counted(ring.tally.counters, "weight", "layers"))
         if rows is not None:
-            self.engine.stats |= _counted(rows.tally.counters, "cache", "caches of layers")
+            self._take_note(_counted(rows.tally.counters, "cache", "caches of layers"))
         return self.engine.stats
+
+    def _take_note(self, counted: Counter[str]) -> None:
+        for name, number in counted.items():
+            self.engine.stats[name] = number
 
     @property
     def kv_bytes(self) -> int:

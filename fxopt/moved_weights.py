@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fxopt.errors import InvalidRequestError
 from fxopt.file_weights import DTYPES, FilesInMemory, mapped, raw, seat
 from fxopt.layer_weights import Group, Named, nbytes_of, room_for
 from fxopt.offload.folders import PrivateFolder
+from fxopt.offload.memory_files import memory_file
 from fxopt.offload.reading import forget
 from fxopt.offload.store import Extent, FileStore
 from fxopt.offload.watched_file import WatchedFile
@@ -92,9 +92,7 @@ class MovedWeights:
     def _file(self) -> tuple[Path, Path, int]:
         """An open file: the folder for sentences, its path, and a descriptor."""
         if self._kind == "cpu":
-            if not hasattr(os, "memfd_create"):
-                raise InvalidRequestError('store="cpu" needs files in memory, which Linux has; use store="disk"')
-            fd = os.memfd_create("fxopt weights", os.MFD_CLOEXEC)
+            fd = memory_file("fxopt weights")
             return Path("memory"), Path(f"/proc/self/fd/{fd}"), fd
         self._folder = PrivateFolder(self._parent)
         path = self._folder.path / "weights.safetensors"

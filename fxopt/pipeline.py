@@ -10,9 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fxopt.driver import apply, require
-from fxopt.errors import CaptureDiffersError, RewriteError, VerificationError, first_line, warn
+from fxopt.errors import (
+    CacheMemoryError,
+    CaptureDiffersError,
+    InvalidRequestError,
+    RewriteError,
+    VerificationError,
+    first_line,
+    warn,
+)
 from fxopt.judge import Judge, Verdict
 from fxopt.listing import Listing, listing
+from fxopt.offload.errors import StoreError
 from fxopt.outcome import Check, Outcome
 from fxopt.program import Program
 from fxopt.provenance import trace
@@ -278,8 +287,13 @@ class Pipeline:
 
 
 def judged_safely(judge: Callable[[Subject], Verdict], subject: Subject) -> Verdict:
-    """A graph that cannot even be run is as wrong as one with another result."""
+    """A graph that cannot even be run is as wrong as one with another result.
+
+    What cannot be served, stored or held in memory says nothing about a graph.
+    """
     try:
         return judge(subject)
+    except (InvalidRequestError, CacheMemoryError, StoreError):
+        raise
     except Exception as error:
         return Check("", float("inf"), 0.0), f"the graph fails when run ({type(error).__name__}: {first_line(error)})"

@@ -179,7 +179,7 @@ def _streams(use: StreamUse, headline: str) -> Iterator[str]:
     if use.predicted is not None:
         found = use.predicted
         sentence = (
-            f"a decode step, predicted at {use.bandwidth / 2**30:.2f} GiB/s with half of the rows filled: "
+            f"a decode step, predicted at {use.bandwidth / 2**30:.2f} GiB/s with {use.context} rows filled: "
             f"{_ms(found.step)}, {_ms(found.exposed)} of it waiting, {_ms(found.hidden)} of copying hidden"
         )
         yield from textwrap.wrap(sentence, WIDTH, initial_indent="    ", subsequent_indent="        ")

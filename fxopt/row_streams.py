@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxopt.away_rows import AwayRows, block_of
+from fxopt.errors import InvalidRequestError
 from fxopt.offload.placement import Placement, place
 from fxopt.offload.ring import Tally
 from fxopt.offload.rows import RowStore
@@ -28,11 +29,19 @@ class RowStreams:
         """Which layers stay in a set for so many sequences, and which are away."""
         sizes = [block_of(buffers, sequences, self._capacity).nbytes for buffers in self._layers]
         asked, mask = self._asked, sequences * self._capacity * torch.long.itemsize
-        return place(sizes, mask, budget=asked.budget_bytes, resident=asked.share, depth=asked.depth)
+        try:
+            return place(sizes, mask, budget=asked.budget_bytes, resident=asked.share, depth=asked.depth)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"offload_kv, in a cache for a batch of {sequences}: {error}") from error
 
     def row_bytes(self, layer: int) -> int:
         """What one token of one sequence takes in a layer."""
         return block_of(self._layers[layer], 1, self._capacity).row_bytes
+
+    def probe(self, sequences: int) -> None:
+        """Raise a sentence if a set for so many sequences cannot be had."""
+        if self.placed(sequences).offloaded:
+            self._store(sequences).close()
 
     def rows(self, sequences: int) -> AwayRows | None:
         """The layers of a new set that are away; None if all of them fit."""
@@ -40,6 +49,9 @@ class RowStreams:
         if not placed.offloaded:
             return None
         layers = [self._layers[layer] for layer in placed.offloaded]
-        blocks = [block_of(buffers, sequences, self._capacity) for buffers in layers]
-        store = RowStore(blocks, self.kind, self._asked.parent)
-        return AwayRows(layers, store, placed.slots, self.tally)
+        return AwayRows(layers, self._store(sequences), placed.slots, self.tally)
+
+    def _store(self, sequences: int) -> RowStore:
+        away = (self._layers[layer] for layer in self.placed(sequences).offloaded)
+        blocks = [block_of(buffers, sequences, self._capacity) for buffers in away]
+        return RowStore(blocks, self.kind, self._asked.parent)

@@ -19,12 +19,14 @@ from fxopt.stream_listing import with_streams
 from fxopt.stream_options import StreamingPass
 from fxopt.streaming import Streaming
 
+MOST_WRITTEN = 256 << 20  # bytes of a cache, to time how they are read
 STEPS = 3  # that are timed, after as many that are not
 
 
 def note_weights(streams: Streaming, engine: Engine, context: int) -> WeightUse:
     """What a step that streams weights should take."""
     placed, use = streams.use.placement, streams.use
+    context = use.context = _affordable(engine, context)
     before, after = _timed(engine, engine.new_cache(1), streams.ring, context)
     found = rates(use.bandwidth, len(placed.sizes), before, after)
     use.predicted = predict(placed.sizes, placed.offloaded, placed.slots, found)
@@ -32,8 +34,8 @@ def note_weights(streams: Streaming, engine: Engine, context: int) -> WeightUse:
 
 
 def note_rows(rows: RowStreams, engine: Engine, context: int) -> CacheUse:
-    """What a step that streams the cache of one sequence should take, with ``context`` rows filled."""
-    placed = rows.placed(1)
+    """What a step that streams the cache of one sequence should take, with up to ``context`` rows filled."""
+    placed, context = rows.placed(1), _affordable(engine, context)
     use = CacheUse(
         placement=placed, store=rows.kind, context=context, row_bytes=sum(map(rows.row_bytes, placed.offloaded))
     )
@@ -47,6 +49,13 @@ def note_rows(rows: RowStreams, engine: Engine, context: int) -> CacheUse:
     found = rates(use.bandwidth, len(sizes), before, after)
     use.predicted = predict(sizes, placed.offloaded, placed.slots, found)
     return use
+
+
+def _affordable(engine: Engine, context: int) -> int:
+    """As many rows, unless too much would have to be written for them."""
+    rows = engine.streams
+    nbytes = sum(map(rows.row_bytes, rows.placed(1).offloaded)) if rows is not None else 0
+    return max(1, min(context, MOST_WRITTEN // nbytes)) if nbytes else context
 
 
 @torch.no_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fxopt.chain import Chain, Code, Plan
+from fxopt.offload.ring import Leave, Ring
 
 
 class Feed(Protocol):
@@ -26,6 +27,42 @@ class Feed(Protocol):
 
     def done(self, place: int) -> None:
         """The step has run; what it wrote is stored, and the slot is free."""
+
+
+#: For each slot, what one step reads when it lies there: numbers of the plan with tensors.
+Views = Sequence[Sequence[tuple[int, Tensor]]]
+
+
+class RingFeed:
+    """A feed whose slots are filled by a ring.
+
+    ``views`` by the position of each step; ``look`` is called before every run, and ``leave`` says for a position how
+    to store what the step has written.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        views: Mapping[int, Views],
+        *,
+        look: Callable[[], None] | None = None,
+        leave: Callable[[int], Leave] | None = None,
+    ) -> None:
+        self.places = views.keys()
+        self._ring, self._views, self._look, self._leave = ring, views, look, leave
+
+    @contextlib.contextmanager
+    def run(self, kind: str) -> Iterator[None]:
+        if self._look is not None:
+            self._look()
+        with self._ring.step(kind):
+            yield
+
+    def wait(self, place: int) -> Sequence[tuple[int, Tensor]]:
+        return self._views[place][self._ring.wait()]
+
+    def done(self, place: int) -> None:
+        self._ring.free(None if self._leave is None else self._leave(place))
 
 
 class StreamedChain(Chain):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
 from fxopt.row_streams import RowStreams
 from fxopt.stream_options import StreamingPass
+from fxopt.streamed_chain import RingFeed, Views
 
 
 def admit_streams(passes: Iterable[Pass[Any]], facts: Facts) -> None:
@@ -34,15 +34,15 @@ def admit_streams(passes: Iterable[Pass[Any]], facts: Facts) -> None:
             raise InvalidRequestError(f"{rewriter.name} cannot be applied: {why}")
 
 
-def streamed_rows(passes: Iterable[Pass[Any]], program: Program) -> RowStreams | None:
-    """How the rows of the cache are streamed, if a pass asks for it."""
+def streamed_rows(passes: Iterable[Pass[Any]], program: Program, sequences: int) -> RowStreams | None:
+    """How the rows of the cache are streamed, if a pass asks for it; raises if there is no room for ``sequences``."""
     rewriter = next((one for one in passes if isinstance(one, OffloadKV)), None)
     if rewriter is None:
         return None
     if layer_places(program) is None:
         raise _no_layers(rewriter)
     streams = RowStreams(rewriter, program.facts)
-    streams.placed(1)  # raises if the budget is too small
+    streams.probe(sequences)
     return streams
 
 
@@ -84,6 +84,7 @@ class Streaming:
         self.use = WeightUse(
             placement=placed,
             store=kind,
+            context=0,
             bandwidth=speed,
             written=placed.moved - weights.in_place,
             in_place=weights.in_place,
@@ -93,7 +94,7 @@ class Streaming:
         self._watched = [(named, one.file) for seats in weights.seats for one in seats for named in one.group]
         self._versions: list[int] = []
 
-    def feed(self, plan: Plan, weights: Sequence[Tensor], kind: str) -> WeightFeed:
+    def feed(self, plan: Plan, weights: Sequence[Tensor], kind: str) -> RingFeed:
         """What brings weights to the pieces of one graph."""
         known = dict(enumerate(weights, len(plan.inputs)))
         found = {number: place for number, weight in known.items() if (place := self._find(weight)) is not None}
@@ -110,7 +111,7 @@ class Streaming:
             raise RuntimeError(f"it reads streamed layers in the order {turns}, and not in that of the store")
         # A file in memory does not tell that it was written to through parameter.data: prompts begin anew.
         look = self._look if self.use.store == "disk" or kind == "decode" else self._look_anew
-        return WeightFeed(self.ring, views, look)
+        return RingFeed(self.ring, views, look=look)
 
     def _look_anew(self) -> None:
         self.ring.forget()
@@ -138,30 +139,6 @@ class Streaming:
         address = weight.data_ptr()
         found = (entry for entry in self._table if entry[0] <= address < entry[1])
         return next(((turn, at + address - start) for start, _, turn, at in found), None)
-
-
-#: For each slot, what the weights of one step are when they lie there: numbers of the plan with tensors.
-Views = Sequence[Sequence[tuple[int, Tensor]]]
-
-
-class WeightFeed:
-    """``views`` by the position of each step that streams; ``look`` is called before every run."""
-
-    def __init__(self, ring: Ring, views: Mapping[int, Views], look: Callable[[], None]) -> None:
-        self.places = views.keys()
-        self._ring, self._views, self._look = ring, views, look
-
-    @contextlib.contextmanager
-    def run(self, kind: str) -> Iterator[None]:
-        self._look()
-        with self._ring.step(kind):
-            yield
-
-    def wait(self, place: int) -> Sequence[tuple[int, Tensor]]:
-        return self._views[place][self._ring.wait()]
-
-    def done(self, place: int) -> None:
-        self._ring.free()
 
 
 def _unstreamable(facts: Facts) -> str | None:

@@ -7,6 +7,7 @@ import gc
 import os
 import tempfile
 import threading
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fxopt.cache import BufferPool
 from fxopt.errors import CacheMemoryError
 from fxopt.families import tiny
 from fxopt.offload import StoreError
+from fxopt.offload import rows as rows_file
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.report_page import as_page
 from fxopt.row_streams import RowStreams
@@ -39,7 +41,9 @@ def tokens(model: Any, batch: int = 1, prompt: Tensor = PROMPT) -> Tensor:
     return found
 
 
-def away(model: Any, tmp_path: Path | None = None, *, more: dict[str, Any] | None = None, **offload: Any) -> Any:
+def away(
+    model: Any, tmp_path: Path | None = None, *, more: dict[str, Any] | None = None, verify: str = "off", **offload: Any
+) -> Any:
     if tmp_path is not None:
         offload["folder"] = str(tmp_path)
     ways: Any = {"max_len": LONGEST, "chunk": 16, "backend": "aot_eager", "compile": "layer", "verify": "off"}
@@ -149,7 +153,7 @@ def test_mode(sides: tuple[Side, Side], name: str) -> None:
 
 def test_an_offloaded_static_cache_asked_for_by_name_is_this_one(sides: tuple[Side, Side]) -> None:
     fast = sides[1].model
-    before = fast.fxopt.stats
+    before = Counter(fast.fxopt.stats)
     found = fast.generate(**TWO, **GREEDY, cache_implementation="offloaded_static", return_dict_in_generate=True)
     assert found.sequences.tolist() == sides[0].greedy
     assert found.past_key_values.away is not None
@@ -271,6 +275,51 @@ def test_files_go_with_their_caches(tmp_path: Path) -> None:
     assert store._file.closed
 
 
+def test_a_cache_that_cannot_be_split_is_as_it_was(tmp_path: Path) -> None:
+    model: Any = tiny("llama", layers=LAYERS)
+    one = away(model, tmp_path, resident=1.0).fxopt.engine.new_cache(1).buffers.nbytes
+    fast = away(model, tmp_path, resident=None, budget=2 * one)
+    cache = fast(PROMPT).past_key_values
+    with pytest.raises(InvalidRequestError, match=r"offload_kv, in a cache for a batch of 64: budget="):
+        cache.batch_repeat_interleave(64)
+    assert fast.fxopt.engine.new_cache(1).buffers is not cache.buffers
+    expected = model(torch.cat([PROMPT, PROMPT[:, :2]], dim=1)).logits[:, -2:]
+    assert torch.allclose(fast(PROMPT[:, :2], past_key_values=cache).logits, expected, atol=1e-4)
+
+
+def test_a_cache_may_go_while_the_counters_are_held(tmp_path: Path) -> None:
+    """The collector calls what gives buffers back, in whatever thread and at whatever time."""
+    fast = away(tiny("llama", layers=LAYERS), tmp_path)
+    cache = fast(PROMPT).past_key_values
+    with fast.fxopt.engine.streams.tally._lock:
+        del cache
+        gc.collect()
+    assert torch.equal(tokens(fast), tokens(tiny("llama", layers=LAYERS)))
+
+
+def test_beams_are_counted(tmp_path: Path) -> None:
+    fast = away(tiny("llama", layers=LAYERS), tmp_path)
+    fast.generate(PROMPT, max_new_tokens=NEW, num_beams=3, do_sample=False)
+    rows = 3 * (PROMPT.shape[1] + NEW) * row_bytes(fast) * len(AWAY)
+    assert fast.fxopt.stats["cache bytes stored"] > 4 * rows
+
+
+def test_idle_files_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama", layers=LAYERS)
+    fast = away(model, tmp_path)
+    idle = fast(PROMPT).past_key_values.buffers
+    gc.collect()
+    reserve = rows_file.reserve
+
+    def with_room_when_it_is_gone(fd: int, nbytes: int) -> None:
+        if idle.is_usable:
+            raise OSError(28, "No space left on device")
+        reserve(fd, nbytes)
+
+    monkeypatch.setattr(rows_file, "reserve", with_room_when_it_is_gone)
+    assert torch.equal(tokens(fast, 2), tokens(model, 2))
+
+
 # What can go wrong
 
 
@@ -288,14 +337,17 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    model = tiny("llama", layers=LAYERS)
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(StoreError, match=r"there is no room in .* for a cache of .*No space left on device.*max_len"):
-        away(model, tmp_path)
+    model: Any = tiny("llama", layers=LAYERS)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    monkeypatch.setattr(rows_file, "reserve", full)
+    for verify in ("off", "final"):
+        with pytest.raises(StoreError, match=r"there is no room in .* for a cache of .*No space left.*max_len"):
+            away(model, tmp_path, verify=verify, more={"offload_weights": {"folder": str(tmp_path)}})
+    assert [p.data_ptr() for p in model.parameters()] == addresses
     monkeypatch.undo()
     fast = away(model, tmp_path)
     held = fast(PROMPT).past_key_values
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(rows_file, "reserve", full)
     with pytest.raises(StoreError, match="there is no room"):
         tokens(fast)
     monkeypatch.undo()
@@ -371,6 +423,7 @@ def test_a_forked_process_is_told(fast: Any) -> None:
         ({"compile": "whole"}, r"offload_kv cannot be applied: .*the graph is one piece .*ask for compile=\"layer\""),
         ({"backend": "eager"}, r"the graph is one piece .*backend='eager'"),
         ({"passes": {"offload_kv": {"budget": 1000}}}, "budget=1000 B holds less than what always stays .*at least"),
+        ({"passes": {"offload_kv": {"budget": "40kB"}}, "max_batch": 8}, r"in a cache for a batch of 8: budget="),
         ({"passes": {"offload_kv": {"budget": "much"}}}, "budget='much' is no number of bytes"),
         ({"passes": {"offload_kv": {"budget": 9, "resident": 0.5}}}, "give either a budget"),
         ({"passes": {"offload_kv": {"store": "tape"}}}, "store='tape' is not one of disk, cpu"),
@@ -378,7 +431,7 @@ def test_a_forked_process_is_told(fast: Any) -> None:
     ],
 )
 def test_requests_that_cannot_be_served(options: dict[str, Any], sentence: str) -> None:
-    ways = {"backend": "aot_eager", "compile": "layer", "verify": "off", "passes": {"offload_kv": {}}, **options}
+    ways = {"backend": "aot_eager", "compile": "layer", "passes": {"offload_kv": {}}, **options}
     with pytest.raises((InvalidRequestError, StoreError), match=sentence):
         fxopt.optimize(tiny("llama", layers=4), 64, **ways)
 

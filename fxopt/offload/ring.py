@@ -48,7 +48,7 @@ class Counters:
     exposed: float = 0.0  # seconds
     reading: float = 0.0  # seconds that the reader was busy
     stepping: float = 0.0  # seconds of whole steps
-    restarts: int = 0  # after steps that ended half way
+    restarts: int = 0  # after steps that ended half way, and when what is stored has changed
 
 
 @dataclass
@@ -178,6 +178,16 @@ class Ring:
             yield
             self._whole = True
             self.tally.add_step(kind, time.perf_counter() - started, self._exposed, self._waits)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether there is somebody who reads: not after a fork, and not when it was closed."""
+        return self._reader.is_alive()
+
+    def stop(self) -> None:
+        """Close it, and wait a little until the store is closed, too."""
+        self.close()
+        self._reader.join(LOOK)
 
     def forget(self) -> None:
         """Read everything anew: what the store holds has changed."""

@@ -8,6 +8,7 @@ The file has no name: nobody else can open it, and it goes with its process, how
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from typing import BinaryIO
 from fxopt.offload.amounts import told
 from fxopt.offload.errors import StoreError
 from fxopt.offload.folders import default_parent
-from fxopt.offload.reading import forget, read_whole
+from fxopt.offload.memory_files import memory_file
+from fxopt.offload.reading import PART, forget, read_whole
 
 ALIGN = 64  # where a buffer begins in its block
 LOST = "what this cache held is lost; call generate again, with a new cache"
@@ -92,7 +94,14 @@ class RowStore:
         self._lost = None
 
     def pretend(self, rows: int) -> None:
-        """Have so many rows, whatever is in them."""
+        """Have so many rows of zeros, written: what never was is read without a look at the disk."""
+        zeros = memoryview(bytes(PART))
+        for layer, block in enumerate(self.blocks):
+            for number in range(len(block.buffers)):
+                for at, nbytes in block.runs(number, self.sequences, 0, rows):
+                    for done in range(0, nbytes, PART):
+                        self._write(layer, zeros[: nbytes - done], at + done)
+        os.fdatasync(self._fd)
         self.filled = [rows] * len(self.blocks)
 
     def fill(self, layer: int, slot: memoryview) -> int:
@@ -166,7 +175,7 @@ def _nameless(nbytes: int, kind: str, folder: Path | None) -> BinaryIO:
     """A file of so many bytes that only this process knows of; there is room for all of them."""
     if kind == "cpu":
         where = "memory"
-        file: BinaryIO = os.fdopen(os.memfd_create("fxopt cache", os.MFD_CLOEXEC), "r+b", buffering=0)
+        file: BinaryIO = os.fdopen(memory_file("fxopt cache"), "r+b", buffering=0)
     else:
         parent = default_parent() if folder is None else folder
         where = str(parent)
@@ -178,11 +187,20 @@ def _nameless(nbytes: int, kind: str, folder: Path | None) -> BinaryIO:
                 'to and has room for it: passes={"offload_kv": {"folder": …}}'
             ) from error
     try:
-        os.posix_fallocate(file.fileno(), 0, nbytes)
+        reserve(file.fileno(), nbytes)
     except OSError as error:
         file.close()
+        why = "there is no room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "room cannot be reserved"
         raise StoreError(
-            f"there is no room in {where} for a cache of {told(nbytes)} ({error.strerror}). Make room, give another "
-            'folder (passes={"offload_kv": {"folder": …}}), or optimise with a smaller max_len'
+            f"{why} in {where} for a cache of {told(nbytes)} ({error.strerror}). Make room, give another folder "
+            '(passes={"offload_kv": {"folder": …}}), or optimise with a smaller max_len'
         ) from error
     return file
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Make a file so long, with room for all of it where the system can promise that."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, nbytes)
+    else:
+        os.ftruncate(fd, nbytes)

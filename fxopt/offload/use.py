@@ -18,6 +18,7 @@ class StreamUse:
 
     placement: Placement
     store: str  # "cpu" or "disk"
+    context: int  # rows of the cache that were filled when a step was timed
     bandwidth: float = 0.0  # bytes per second, measured
     predicted: Prediction | None = None
     measured: dict[str, Steps] = field(default_factory=dict)
@@ -57,5 +58,4 @@ class CacheUse(StreamUse):
 
     turn: ClassVar[str] = "wait for its rows, run, store the new ones"
 
-    context: int  # rows that were filled when a step was timed
     row_bytes: int  # of one token, in the layers that are streamed
