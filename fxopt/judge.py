@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ class Judge:
         self._max_len = max_len
         self._batches = (0, 0)  # of the answers that are kept; graphs are judged in the order of their batches
         self._answered: list[Answered] = []
-        self._rounded: tuple[Answer, ...] = ()  # over caches in these formats
+        self._rounded: list[Answer] = []  # over caches in these formats
         self._formats: tuple[KVShape, ...] = ()
 
     def graph(self, program: Program) -> Verdict:
@@ -83,17 +83,16 @@ class Judge:
         started = time.perf_counter()
         if batches != self._batches:
             near, far = batches
-            self._answered, self._rounded = [], ()
-            cases = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
-            self._answered, self._batches = list(cases), batches
-        note = self._note_on(facts) if facts.formats else ""
-        found = [
-            difference
-            for number, case in enumerate(self._answered)
-            for difference in self._differences(number, _feed(fed(case.scenario), case.scenario), facts)
-        ]
+            self._answered, self._rounded = [], []
+            each = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
+            self._answered, self._batches = list(each), batches
+        found: list[Difference] = []
+        cases = list(zip(self._answered, self._over(facts), strict=True))
+        for case, rounded in cases:
+            answer = _feed(fed(case.scenario), case.scenario)
+            found += differences(case, answer) if rounded is None else differences_over(case, rounded, answer)
         worst = max(found, key=lambda difference: difference.share)
-        check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started, note)
+        check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started, _note(facts, cases))
         wrong = [difference for difference in found if difference.share > 1.0]
         if not wrong:
             return check, None
@@ -101,23 +100,26 @@ class Judge:
         others = f" (and {len(wrong) - 1} more of {len(found)} numbers compared)" if len(wrong) > 1 else ""
         return check, wrong[0].sentence + others
 
-    def _differences(self, number: int, found: Answer, facts: Facts) -> Iterator[Difference]:
-        case = self._answered[number]
+    def _over(self, facts: Facts) -> Sequence[Answer | None]:
+        """What the stock model says over caches in these formats; None if rows are kept as they are."""
         if not facts.formats:
-            return differences(case, found)
-        return differences_over(case, self._rounded[number], found)
-
-    def _note_on(self, facts: Facts) -> str:
-        """What the formats of the cache do to the stock model itself; keeps what it says with such a cache."""
+            return [None] * len(self._answered)
         if self._formats != facts.layers or not self._rounded:
-            self._rounded = tuple(answered_rounded(self._model, case.scenario, facts) for case in self._answered)
+            self._rounded = [answered_rounded(self._model, case.scenario, facts) for case in self._answered]
             self._formats = facts.layers
-        each = (moved(case, rounded) for case, rounded in zip(self._answered, self._rounded, strict=True))
-        found = functools.reduce(Moved.__or__, each)
-        return (
-            f"beside the stock model over a cache of {' and '.join(facts.formats)}, which itself moves its rows by up "
-            f"to {found.rows:.1e} and its logits by up to {found.logits:.1e} of their length"
-        )
+        return self._rounded
+
+
+def _note(facts: Facts, cases: Sequence[tuple[Answered, Answer | None]]) -> str:
+    """What the formats of the cache do to the stock model itself."""
+    each = [moved(case, rounded) for case, rounded in cases if rounded is not None]
+    if not each:
+        return ""
+    found = functools.reduce(Moved.__or__, each)
+    return (
+        f"beside the stock model over a cache of {' and '.join(facts.formats)}, which itself moves its rows by up "
+        f"to {found.rows:.1e} and its logits by up to {found.logits:.1e} of their length"
+    )
 
 
 class Fed(Protocol):
