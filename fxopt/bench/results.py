@@ -1,0 +1,46 @@
+"""Everything that one benchmark has found, as far as it came."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from fxopt.bench.figures import Figures, figures
+from fxopt.bench.machine import Machine
+from fxopt.bench.measuring import Measuring
+from fxopt.bench.setting import Setting
+from fxopt.bench.stock import STOCK
+
+
+@dataclass(frozen=True)
+class Results:
+    """Figures, and what they have to be read with."""
+
+    model: str
+    dtype: str
+    machine: Machine
+    figures: tuple[Figures, ...]
+    left_out: dict[str, str]
+    read_gb_s: float | None
+    memory: str | None  # what the peaks count
+
+    @classmethod
+    def of(cls, measuring: Measuring, machine: Machine) -> Results:
+        speed = statistics.median(measuring.read_speeds) if measuring.read_speeds else None
+        stock = {row.setting: row for row in measuring.rows if row.contender == STOCK}
+        return cls(
+            str(measuring.source),
+            str(measuring.source.dtype).removeprefix("torch."),
+            machine,
+            tuple(figures(row, stock.get(row.setting), speed) for row in measuring.rows),
+            dict(measuring.left_out),
+            None if speed is None else speed / 1e9,
+            None if measuring.meter is None else measuring.meter.what,
+        )
+
+    @property
+    def settings(self) -> list[Setting]:
+        return list(dict.fromkeys(one.setting for one in self.figures))
+
+    def of_setting(self, setting: Setting) -> list[Figures]:
+        return [one for one in self.figures if one.setting == setting]
