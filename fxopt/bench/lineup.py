@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxopt.bench.contender import Contender
+from fxopt.bench.llama_cpp import LlamaCpp
+from fxopt.bench.openvino import OpenVino
 from fxopt.bench.ours import Ours
 from fxopt.bench.stock import DynamicCompiled, StaticCompiled, StockEager
 from fxopt.lower import Backend, Compile
@@ -34,6 +36,8 @@ CONTENDERS: dict[str, Callable[[Ways], list[Contender]]] = {
     "dynamic": lambda ways: [DynamicCompiled(ways.backend)],
     "static": lambda ways: [StaticCompiled(ways.backend)],
     "fxopt": _ours,
+    "llama.cpp": lambda ways: [LlamaCpp()],
+    "openvino": lambda ways: [OpenVino()],
 }
 #: Those who take part where nobody is named; compiling the growing cache takes minutes, and seldom pays.
 USUAL = tuple(name for name in CONTENDERS if name != "dynamic")
