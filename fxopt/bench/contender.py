@@ -24,6 +24,9 @@ class Contender(ABC):
     #: Whether it computes with the stock model's own tensors, or with a copy that it read from a file.
     shares_weights: ClassVar[bool] = True
 
+    #: Whether fxopt answers for its tokens: in float32 they have to be those of the stock model.
+    is_ours: ClassVar[bool] = False
+
     def why_not(self, subject: Subject, setting: Setting) -> str | None:
         """A sentence if it cannot take part here, such as a package that is not installed."""
         return None

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-BUSY = 0.5  # processes per core that want to run before anything is started
+BUSY = 0.75  # processes per core that want to run before anything is started
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 
 from fxopt.bench.answers import hashed
 from fxopt.bench.bandwidth import read_speed
@@ -60,13 +61,13 @@ class Measuring:
     def run(self, settings: Sequence[Setting]) -> None:
         """Measure in order; settings with one depth and one ``max_len`` share what is prepared."""
         for (layers, max_len), together in _groups(settings).items():
-            torch._dynamo.reset()  # it falls back to eager code after some models of one class
             model, tokenizer = self._model(layers)
             largest = max(setting.batch for setting in together)
             subject = Subject(self.source, model, tokenizer, max_len, largest)
             field = _Field(self._lineup(), subject, self.meter, self._progress)
-            for setting in together:
-                self._measure(field, setting)
+            with _new_compilers():
+                for setting in together:
+                    self._measure(field, setting)
 
     def _model(self, layers: int | None) -> tuple[Any, Any]:
         if self._loaded is None or self._loaded[0] != layers:
@@ -85,13 +86,15 @@ class Measuring:
             if (reason := contender.why_not(field.subject, setting)) is not None:
                 self.left_out[contender.name] = reason
                 continue
-            row = Row(contender.name, setting, step_bytes)
-            self.rows.append(row)
+            racing.append((contender, Row(contender.name, setting, contender.is_ours, step_bytes)))
+        self.rows += [row for _, row in racing]
+        # The last first: of ours, those with more passes seat weights anew, and the others have to find them there.
+        for contender, row in reversed(racing):
             field.prepare(contender, row)
+        for contender, row in racing:
             if row.trouble is None:
                 with noted(row):
                     self._warm_up(field, contender, row, prompt)
-            racing.append((contender, row))
         for turn in range(self._effort.rounds):
             with self._progress.step(f"{setting}: round {turn + 1} of {self._effort.rounds}"):
                 self._round(racing, prompt)
@@ -121,6 +124,14 @@ class Measuring:
             if self._traces is not None and row.trouble is None:
                 with noted(row), self._progress.step(f"profile {row.contender}"):
                     self._traces.record(contender, prompt, row.setting)
+
+
+@contextlib.contextmanager
+def _new_compilers() -> Iterator[None]:
+    """Nothing was compiled before, in this process or in an earlier one."""
+    torch._dynamo.reset()  # which would otherwise fall back to eager code after some models of one class
+    with fresh_cache():
+        yield
 
 
 def _groups(settings: Sequence[Setting]) -> dict[tuple[int | None, int], list[Setting]]:

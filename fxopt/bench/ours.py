@@ -21,6 +21,8 @@ from fxopt.rewrite import Pass
 class Ours(Contender):
     """``fxopt.optimize`` with some passes."""
 
+    is_ours = True
+
     name: str
     passes: Sequence[Pass[Any]]
     backend: Backend = "inductor"

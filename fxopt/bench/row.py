@@ -15,6 +15,7 @@ class Row:
 
     contender: str
     setting: Setting
+    is_ours: bool = False
     step_bytes: float = 0.0  # that a decode step must read
     ready_s: float = 0.0  # until the first answer: preparation and compilation
     peak_bytes: int | None = None

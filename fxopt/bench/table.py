@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from tabulate import tabulate
+from tabulate import SEPARATING_LINE, tabulate
 
 from fxopt.bench.figures import Figures
+from fxopt.bench.growth import Axis
 from fxopt.bench.results import Results
 
 Cell = Callable[[Figures], str]
@@ -23,21 +23,35 @@ COLUMNS: dict[str, Cell] = {
     "ready\ns": lambda one: number(one.ready_s, ".0f"),
     "prefill\nms": lambda one: number(one.prefill_ms, ",.0f"),
     "decode\nms/token": lambda one: number(one.token_ms),
-    "decode\ntokens/s": lambda one: number(one.decode_tok_s),
     "decode\nto stock": lambda one: number(one.decode_to_stock, ".2f", "x"),
     "overall\ntokens/s": lambda one: number(one.tok_s),
     "overall\nto stock": lambda one: number(one.to_stock, ".2f", "x"),
     "peak\nMB": lambda one: number(one.peak_mb, ",.0f"),
     "reads\nGB/s": lambda one: number(one.read_gb_s),
     "of the\nlimit": lambda one: number(one.of_read_speed, ".0%"),
-    "\nhash": lambda one: one.text_hash,
+    "hash": lambda one: one.text_hash,
     "same\ntokens": lambda one: said(one),
+}
+
+#: Of passes that are added one by one; how each of them compares with the row above.
+ABLATION: dict[str, Cell] = {
+    "prefill\nms": COLUMNS["prefill\nms"],
+    "decode\nms/token": COLUMNS["decode\nms/token"],
+    "decode\nto above": lambda one: number(one.decode_to_before, ".2f", "x"),
+    "decode\nto stock": COLUMNS["decode\nto stock"],
+    "overall\ntokens/s": COLUMNS["overall\ntokens/s"],
+    "overall\nto above": lambda one: number(one.to_before, ".2f", "x"),
+    "overall\nto stock": COLUMNS["overall\nto stock"],
+    "peak\nMB": COLUMNS["peak\nMB"],
+    "hash": COLUMNS["hash"],
+    "same\ntokens": COLUMNS["same\ntokens"],
 }
 
 LEGEND = """\
 prefill: until the first new token. decode: every token after it. overall: new tokens a second, prefill included.
 to stock: median of the ratios of the rounds; all ran in turns. ready: preparation, compilation, first answer.
 hash: sha256 of the decoded prompt and answer. same tokens: as stock eager, or up to which token."""
+LEGEND_OF_ABLATION = "to above: the same, to the row above."
 
 
 def said(one: Figures) -> str:
@@ -47,29 +61,54 @@ def said(one: Figures) -> str:
     return "yes" if one.is_same else f"first {one.agreed}"
 
 
-def compared(results: Results) -> str:
+def compared(results: Results, columns: dict[str, Cell] = COLUMNS) -> str:
     """A table for each setting, with what one has to know to read it."""
-    parts = [f"{results.model}, {results.dtype}\n{results.machine}"]
+    parts = [heading(results)]
     for setting in results.settings:
         found = results.of_setting(setting)
-        parts.append(f"{setting}\n\n{rows(found, COLUMNS)}")
-        parts += troubles(found)
-    return "\n\n".join([*parts, LEGEND + "\n" + limits(results), *_left_out(results)])
+        table = [[one.contender, *(cell(one) for cell in columns.values())] for one in found]
+        parts += [f"{setting}\n\n{_tabulated(table, ['contender', *columns])}", *_troubles(found)]
+    return "\n\n".join([*parts, f"{LEGEND}\n{_limits(results)}", *_left_out(results)])
 
 
-def rows(found: Sequence[Figures], columns: dict[str, Cell]) -> str:
-    table: list[list[Any]] = [[one.contender, *(cell(one) for cell in columns.values())] for one in found]
-    align = ["left", *["right"] * len(columns)]
-    return tabulate(table, headers=["\ncontender", *columns], disable_numparse=True, colalign=align)
+def grown(results: Results, axes: Sequence[Axis]) -> str:
+    """A table for each axis: sizes from left to right, and how many times the first the last one is."""
+    parts = [heading(results)]
+    for axis in axes:
+        panel = axis.panel(results)
+        sizes = sorted({x for line in panel.lines.values() for x, _ in line})
+        table = []
+        for name, line in panel.lines.items():
+            measured = dict(line)
+            values = [measured.get(size) for size in sizes]
+            ratio = values[-1] / values[0] if values[0] and values[-1] else None
+            table.append([name, *map(number, values), number(ratio, ".2f", "x")])
+        headers = ["contender", *(f"{size:,.0f}" for size in sizes), "last/first"]
+        troubled = [one for one in results.figures if one.setting in axis.settings]
+        parts += [f"{panel.title}: {panel.y} over {panel.x}\n\n{_tabulated(table, headers)}", *_troubles(troubled)]
+    return "\n\n".join([*parts, *_left_out(results)])
 
 
-def troubles(found: Sequence[Figures]) -> list[str]:
+def heading(results: Results) -> str:
+    return f"{results.model}, {results.dtype}\n{results.machine}"
+
+
+def _tabulated(table: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    """Names to the left, figures to the right; headers may have two lines, the last ones side by side."""
+    height = 1 + max(header.count("\n") for header in headers)
+    split = [[""] * (height - 1 - header.count("\n")) + header.split("\n") for header in headers]
+    # Headers as rows: as headers, tabulate would give each column more room than a terminal has.
+    rows = [*map(list, zip(*split, strict=True)), SEPARATING_LINE, *table]
+    return tabulate(rows, disable_numparse=True, colalign=["left", *["right"] * (len(headers) - 1)])
+
+
+def _troubles(found: Sequence[Figures]) -> list[str]:
     """Why there are blanks."""
-    lines = [f"{one.contender}: {one.trouble}" for one in found if one.trouble is not None]
+    lines = [f"{one.contender}, {one.setting}: {one.trouble}" for one in found if one.trouble is not None]
     return ["\n".join(lines)] if lines else []
 
 
-def limits(results: Results) -> str:
+def _limits(results: Results) -> str:
     """Against what memory and bytes a second are to be read."""
     lines = []
     if results.memory is not None:
@@ -83,5 +122,5 @@ def limits(results: Results) -> str:
 
 
 def _left_out(results: Results) -> list[str]:
-    lines = [f"left out: {name}: {reason}" for name, reason in results.left_out.items()]
+    lines = [f"left out: {name}, {reason}" for name, reason in results.left_out.items()]
     return ["\n".join(lines)] if lines else []

@@ -9,7 +9,7 @@ import torch
 
 from fxopt.bench.memory import tidy
 from fxopt.bench.row import Row
-from fxopt.errors import first_line
+from fxopt.errors import FxoptError, first_line
 
 OUT_OF_MEMORY = "out of memory"
 _CPU_ALLOCATOR = "can't allocate memory"
@@ -21,9 +21,16 @@ def noted(row: Row) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        row.trouble = OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {first_line(error)}"
+        row.trouble = _said(error)
     if row.trouble is not None:
         tidy()  # the error held the frames, and they the tensors
+
+
+def _said(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    sentence = first_line(error)
+    return sentence if isinstance(error, FxoptError) else f"{type(error).__name__}: {sentence}"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
