@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from fxopt.bench.chart import Panel
 from fxopt.bench.figures import Figures
 from fxopt.bench.pictures import lines
@@ -39,10 +37,9 @@ class Axis:
         return [one for one in results.figures if one.setting in self.settings]
 
 
-def axes(config: PretrainedConfig) -> tuple[Axis, ...]:
+def axes(most_positions: int | None) -> tuple[Axis, ...]:
     """In the order of ``NAMES``, for a model that can do so many positions."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = min(LONGEST, limit or LONGEST)
+    longest = min(LONGEST, most_positions or LONGEST)
     short, middle = longest // 16, longest // 4
     prompt = short // 4
     return (

@@ -63,6 +63,9 @@ def run(job: Job) -> int:
 
 def _check(job: Job) -> None:
     """Before anything is measured, whether what was measured can be kept."""
+    longest, limit = max(setting.max_len for setting in job.settings), job.source.most_positions
+    if limit is not None and longest > limit:
+        raise InvalidRequestError(f"max_len {longest} was asked for, and {job.source.name} has {limit} positions")
     if job.csv is not None:
         records.check(job.csv)
     if job.svg is None:

@@ -171,6 +171,8 @@ class _Field:
         if self._meter is None:
             yield
             return
+        if contender.name in self._prepared:
+            contender.release()
         tidy()
         before = self._meter.now()
         yield

@@ -34,6 +34,12 @@ class Source:
     def config(self) -> PretrainedConfig:
         return known_config(self.name) if self.random else load_config(self.name)
 
+    @property
+    def most_positions(self) -> int | None:
+        """The longest prompt and answer together, if the config sets a limit."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
     def load(self, layers: int | None = None) -> tuple[Any, Any]:
         """The model, and its tokenizer if it has one."""
         try:

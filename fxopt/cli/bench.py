@@ -117,7 +117,7 @@ def _ablation(arguments: argparse.Namespace, source: Source, ways: Ways) -> Ques
 
 def _growth(arguments: argparse.Namespace, source: Source, ways: Ways) -> Question:
     named = arguments.growth or growth.NAMES
-    axes = [axis for axis in growth.axes(source.config) if axis.name in named]
+    axes = [axis for axis in growth.axes(source.most_positions) if axis.name in named]
     lineup = functools.partial(chosen, arguments.contenders or USUAL, ways)
     shown = functools.partial(grown, axes=axes)
     return growth.settings_of(axes), lineup, shown, lambda results: [axis.panel(results) for axis in axes]
