@@ -79,8 +79,8 @@ def main() -> int:
     source = Source(options.model, options.model in CONFIGS, getattr(torch, options.dtype), device)
 
     def shown(results: Results) -> str:
-        rows = [[cell(one) for cell in COLUMNS.values()] for one in results.figures]
-        table = tabulate([[options.compile, *row] for row in rows], ["compile", *COLUMNS], "github", disable_numparse=True)
+        rows = [[options.compile, *(cell(one) for cell in COLUMNS.values())] for one in results.figures]
+        table = tabulate(rows, ["compile", *COLUMNS], "github", disable_numparse=True)
         return f"{results.model}, {results.dtype}\n{results.machine}\n\n{table}"
 
     return run(

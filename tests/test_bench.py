@@ -251,7 +251,7 @@ def test_a_table_says_what_was_measured() -> None:
     assert "broken, batch 1, prompt 20, 8 new tokens, max_len 28: out of memory" in text
     assert "some processor, 1 threads of 2 cores; torch 2.13.0" in text
     assert "(abc1234); 2026-11-21" in text
-    assert "ran at 20.0 GB/s" in text
+    assert "between the rounds, 20.0 GB/s" in text
     assert max(map(len, text.splitlines())) <= 130
 
 

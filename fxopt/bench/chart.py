@@ -12,7 +12,7 @@ from fxopt.memory.picture import safe
 Point = tuple[float, float]
 
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 470, 330, 2
-LEFT, RIGHT, TOP, BOTTOM = 62, 20, 44, 50  # of a panel, around what is drawn
+LEFT, RIGHT, TOP, BOTTOM = 66, 28, 44, 50  # of a panel, around what is drawn
 HEAD, LEGEND_LINE = 44, 22
 LETTER = 6.6  # pixels of a letter of the legend
 TICKS, TICK_ROOM = 6, 34  # at most so many on the left, and pixels between two below

@@ -19,7 +19,7 @@ def why_no_file(source: Source, dtype: torch.dtype) -> str | None:
     if _is_demo(source) or _found(source, dtype) is not None:
         return None
     if source.random:
-        return "there is no GGUF file of random weights"
+        return "there is no file of random weights"
     name = _TYPES[dtype][0]
     return f"there is no .gguf file with {name} weights in {source.name}; llama.cpp's convert_hf_to_gguf.py writes one"
 

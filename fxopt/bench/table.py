@@ -116,7 +116,7 @@ def _limits(results: Results) -> str:
     if results.read_gb_s is not None:
         lines.append(
             "reads: the bytes of all weights and of the filled cache, over the time of a decode step; "
-            f"the limit is a plain\nread of memory, which ran at {results.read_gb_s:.1f} GB/s between the rounds."
+            f"the limit is the\nbest of the plain reads of memory between the rounds, {results.read_gb_s:.1f} GB/s."
         )
     return "\n".join(lines)
 
