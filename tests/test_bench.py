@@ -252,6 +252,7 @@ def test_a_table_says_what_was_measured() -> None:
     assert "some processor, 1 threads of 2 cores; torch 2.13.0" in text
     assert "(abc1234); 2026-11-21" in text
     assert "between the rounds, 20.0 GB/s" in text
+    assert "to above" not in text
     assert max(map(len, text.splitlines())) <= 130
 
 
@@ -280,6 +281,17 @@ def test_an_ablation_compares_with_the_row_above() -> None:
     assert "1.25x" in text
     assert "1.50x" in text
     assert "to above" in _table(text)[1]
+    assert "to above: the same, to the row above." in text
+    assert "GB/s" not in text, "what is not in the table is not explained"
+
+
+def test_what_nobody_measured_has_no_column() -> None:
+    one = figure(token_ms=13.5, peak_mb=700)
+    text = compared(results(one, dataclasses.replace(one, peak_mb=None)))
+    assert _table(text)[1].split() == ["contender", "s", "ms/token", "MB"]
+    assert "peak: resident memory of the process, if" in text
+    assert not {"limit:", "hash:", "stock:"} & set(text.split())
+    assert "peak" not in compared(results(dataclasses.replace(one, peak_mb=None)))
 
 
 def test_growth_has_sizes_from_left_to_right() -> None:

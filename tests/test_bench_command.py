@@ -38,7 +38,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if request.function is not test_traces:
         monkeypatch.setattr("fxopt.bench.measuring.read_speed", lambda device: 2e10)
         monkeypatch.setattr("fxopt.bench.measuring.tidy", lambda: None)
-        monkeypatch.setattr("fxopt.bench.measuring.fresh_cache", contextlib.nullcontext)
+        monkeypatch.setattr("fxopt.bench.measuring.new_compilers", contextlib.nullcontext)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fxopt.bench.configs import CONFIGS, known_config, with_layers
 from fxopt.bench.contender import Contender
 from fxopt.bench.job import INTERRUPTED, WRONG, Job, run
-from fxopt.bench.measuring import Effort
+from fxopt.bench.measuring import Effort, new_compilers
 from fxopt.bench.memory import Meter, Resident, meter_for, tidy
 from fxopt.bench.results import Results
 from fxopt.bench.row import Row
@@ -38,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxopt.bench.measuring.tidy", lambda: None)
     monkeypatch.setattr("fxopt.bench.trouble.tidy", lambda: None)
     monkeypatch.setattr("fxopt.bench.measuring.read_speed", lambda device: 2e10)
-    monkeypatch.setattr("fxopt.bench.measuring.fresh_cache", contextlib.nullcontext)
+    monkeypatch.setattr("fxopt.bench.measuring.new_compilers", contextlib.nullcontext)
 
 
 def full(*_: object) -> None:
@@ -76,6 +77,21 @@ def test_prompts_are_the_same_every_time() -> None:
     assert torch.equal(long[:1, :6], subject.prompt(Setting(1, 6, 4, 30)))
     assert not torch.equal(long[0], long[1])
     assert subject.texts(torch.tensor([[5, 6]]), [[7]]) == ["5 6 7"]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_compilers_start_with_nothing(error: BaseException | None) -> None:
+    """And leave nothing behind, also after Ctrl-C."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with contextlib.suppress(KeyboardInterrupt), new_compilers():
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert folder.is_dir()
+        assert str(folder) != before
+        assert not list(folder.iterdir())
+        if error is not None:
+            raise error
+    assert not folder.exists()
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
 
 
 # --- trouble -------------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ RUNS = {
         ["--layers", "4", "--hidden", "64", "--budget", "1200kB", "--backend", "aot_eager", "--new", "3"],
         "the same tokens; 1 MiB read per token",
     ),
-    "decode_speed.py": (
-        ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8"],
-        "stock eager",
+    "run_llama.py": (
+        ["--model", "tiny", "--preallocate", "--compile", "no", "--prompt", "8", "16", "--new", "4"],
+        "| 1            | 16              | 4            | 20             |",
     ),
     "cold_start.py": (["--layers", "2", "4", "--backend", "eager"], "of the time of the first"),
     "decode_loop.py": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ class Measuring:
             largest = max(setting.batch for setting in together)
             subject = Subject(self.source, model, tokenizer, max_len, largest)
             field = _Field(self._lineup(), subject, self.meter, self._progress)
-            with _new_compilers():
+            with new_compilers():
                 for setting in together:
                     self._measure(field, setting)
 
@@ -127,10 +128,10 @@ class Measuring:
 
 
 @contextlib.contextmanager
-def _new_compilers() -> Iterator[None]:
+def new_compilers() -> Iterator[None]:
     """Nothing was compiled before, in this process or in an earlier one."""
     torch._dynamo.reset()  # which would otherwise fall back to eager code after some models of one class
-    with fresh_cache():
+    with tempfile.TemporaryDirectory(prefix="fxopt_bench_") as folder, fresh_cache(dir=folder):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tabulate import SEPARATING_LINE, tabulate
 
@@ -47,11 +47,19 @@ ABLATION: dict[str, Cell] = {
     "same\ntokens": COLUMNS["same\ntokens"],
 }
 
-LEGEND = """\
-prefill: until the first new token. decode: every token after it. overall: new tokens a second, prefill included.
-to stock: median of the ratios of the rounds; all ran in turns. ready: preparation, compilation, first answer.
-hash: sha256 of the decoded prompt and answer. same tokens: as stock eager, or up to which token."""
-LEGEND_OF_ABLATION = "to above: the same, to the row above."
+#: What a column means, for tables that have it.
+LEGEND = {
+    "ready\ns": "ready: preparation, compilation and the first answer, with nothing compiled before.",
+    "prefill\nms": "prefill: until the first new token. decode: the tokens after it.",
+    "overall\ntokens/s": "overall: new tokens of all sequences, from the prompt to the last one.",
+    "decode\nto stock": "to stock: how many times as fast; all ran in turns, and this is the median of the rounds.",
+    "decode\nto above": "to above: the same, to the row above.",
+    "peak\nMB": "peak: {memory}, if this contender were alone: weights, what it keeps, and one run.",
+    "reads\nGB/s": "reads: all weights and the filled cache, in the time of a decode step.",
+    "of the\nlimit": "limit: the best plain read of memory between the rounds, {limit} GB/s.",
+    "hash": "hash: sha256 of the decoded prompts and answers.",
+    "same\ntokens": "same tokens: as those of stock eager, or up to which one.",
+}
 
 
 def said(one: Figures) -> str:
@@ -62,13 +70,14 @@ def said(one: Figures) -> str:
 
 
 def compared(results: Results, columns: dict[str, Cell] = COLUMNS) -> str:
-    """A table for each setting, with what one has to know to read it."""
+    """A table for each setting, with what one has to know to read it; columns that nobody filled are left out."""
+    columns = {name: cell for name, cell in columns.items() if any(map(cell, results.figures))}
     parts = [heading(results)]
     for setting in results.settings:
         found = results.of_setting(setting)
         table = [[one.contender, *(cell(one) for cell in columns.values())] for one in found]
         parts += [f"{setting}\n\n{_tabulated(table, ['contender', *columns])}", *_troubles(found)]
-    return "\n\n".join([*parts, f"{LEGEND}\n{_limits(results)}", *_left_out(results)])
+    return "\n\n".join([*parts, _legend(results, columns), *_left_out(results)])
 
 
 def grown(results: Results, axes: Sequence[Axis]) -> str:
@@ -108,17 +117,10 @@ def _troubles(found: Sequence[Figures]) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _limits(results: Results) -> str:
-    """Against what memory and bytes a second are to be read."""
-    lines = []
-    if results.memory is not None:
-        lines.append(f"peak: {results.memory}, if this contender were alone: weights, what it keeps, and one run.")
-    if results.read_gb_s is not None:
-        lines.append(
-            "reads: the bytes of all weights and of the filled cache, over the time of a decode step; "
-            f"the limit is the\nbest of the plain reads of memory between the rounds, {results.read_gb_s:.1f} GB/s."
-        )
-    return "\n".join(lines)
+def _legend(results: Results, columns: Iterable[str]) -> str:
+    """A line for each column that is there."""
+    found = [LEGEND[name] for name in LEGEND if name in columns]
+    return "\n".join(one.format(memory=results.memory, limit=number(results.read_gb_s)) for one in found)
 
 
 def _left_out(results: Results) -> list[str]:
