@@ -14,13 +14,16 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from bench_fakes import MACHINE
+from bench_fakes import MACHINE, TINY
 from words import word_tokenizer
 
 from fxopt.bench import growth, machine
 from fxopt.bench.lineup import CONTENDERS, Ways, ablation
 from fxopt.bench.machine import Machine
 from fxopt.bench.ours import Ours
+from fxopt.bench.setting import Setting
+from fxopt.bench.stock import DynamicCompiled, StaticCompiled, generated
+from fxopt.bench.subject import Subject
 from fxopt.cli import main
 from fxopt.cli.bench import source_of
 from fxopt.families import tiny
@@ -180,8 +183,6 @@ def test_a_pass_that_changes_tokens_is_seen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The row says from where on, and the exit code that something is wrong."""
-    from fxopt.bench.ours import Ours
-
     right = Ours.generate
 
     def wrong(self: Ours, *arguments: Any) -> list[list[int]]:
@@ -259,3 +260,33 @@ def test_the_commit_is_that_of_fxopt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert machine._commit() == git("rev-parse", "--short", "HEAD") != ""
     file.write_text("2")
     assert machine._commit() == git("rev-parse", "--short", "HEAD") + "+"
+
+
+# --- contenders ----------------------------------------------------------------------------------
+
+
+def test_a_static_cache_is_kept_between_runs() -> None:
+    """Graphs that a GPU has recorded are bound to its addresses; another batch has another one."""
+    model, tokenizer = TINY.load()
+    subject = Subject(TINY, model, tokenizer, 20, 2)
+    one = StaticCompiled("eager")
+    one.prepare(subject)
+    prompt = subject.prompt(Setting(2, 9, 4, 20))
+    tokens = one.generate(prompt, 4, None)
+    kept = one._caches[2]
+    assert one.generate(prompt, 4, None) == tokens == generated(model, prompt, 4, None)
+    assert one._caches == {2: kept}
+    assert one.generate(prompt[:1], 4, None) == tokens[:1]
+    assert set(one._caches) == {1}
+    one.release()
+    assert not one._caches
+
+
+def test_the_stock_model_stays_as_it_was() -> None:
+    model, tokenizer = TINY.load()
+    before = dict(model.__dict__)
+    subject = Subject(TINY, model, tokenizer, 20, 1)
+    for one in (StaticCompiled("eager"), DynamicCompiled("eager")):
+        one.prepare(subject)
+        one.generate(subject.prompt(Setting(1, 9, 4, 20)), 4, None)
+    assert model.__dict__ == before

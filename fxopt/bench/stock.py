@@ -90,11 +90,22 @@ class StaticCompiled(Contender):
     def prepare(self, subject: Subject) -> None:
         self._model = copy.copy(subject.model)  # which keeps its compiled forward to itself
         self._max_len = subject.max_len
+        self._caches: dict[int, Any] = {}
         recorded = subject.source.device.type == "cuda" and self._backend == "inductor"
         mode = "reduce-overhead" if recorded else "default"
         self._config = CompileConfig(fullgraph=self._fullgraph, mode=mode, backend=self._backend)
         self._config._compile_all_devices = True
 
     def generate(self, prompt: Tensor, new: int, stamp: Stamp | None) -> Tokens:
-        cache = StaticCache(config=self._model.config, max_cache_len=self._max_len)
-        return generated(self._model, prompt, new, stamp, past_key_values=cache, compile_config=copy.copy(self._config))
+        options = {"past_key_values": self._empty(prompt.shape[0]), "compile_config": copy.copy(self._config)}
+        return generated(self._model, prompt, new, stamp, **options)
+
+    def release(self) -> None:
+        self._caches.clear()
+
+    def _empty(self, batch: int) -> Any:
+        """The cache of the last call: recorded graphs are bound to its addresses."""
+        if batch not in self._caches:
+            self._caches = {batch: StaticCache(config=self._model.config, max_cache_len=self._max_len)}
+        self._caches[batch].reset()
+        return self._caches[batch]
