@@ -40,6 +40,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Without what takes longer than a tiny model; the test of traces does everything."""
     if request.function is not test_traces:
         monkeypatch.setattr("fxopt.bench.measuring.read_speed", lambda device: 2e10)
+        monkeypatch.setattr("fxopt.bench.field.tidy", lambda: None)
         monkeypatch.setattr("fxopt.bench.measuring.tidy", lambda: None)
         monkeypatch.setattr("fxopt.bench.measuring.new_compilers", contextlib.nullcontext)
     threads = torch.get_num_threads()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
+import io
 import os
 import weakref
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from fxopt.bench.configs import CONFIGS, known_config, with_layers
 from fxopt.bench.contender import Contender
 from fxopt.bench.job import INTERRUPTED, WRONG, Job, run
-from fxopt.bench.measuring import Effort, new_compilers
+from fxopt.bench.measuring import Effort, Measuring, new_compilers
 from fxopt.bench.memory import Meter, Resident, meter_for, tidy
 from fxopt.bench.results import Results
 from fxopt.bench.row import Row
@@ -29,6 +31,7 @@ from fxopt.bench.subject import Subject
 from fxopt.bench.trouble import OUT_OF_MEMORY, noted
 from fxopt.errors import InvalidRequestError, LoweringError
 from fxopt.families import tiny
+from fxopt.progress import Progress
 
 SMALL = settings([1], [6], [4])
 
@@ -36,6 +39,7 @@ SMALL = settings([1], [6], [4])
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is not read for its speed nor tidied up, and compilers that are not used keep their caches."""
+    monkeypatch.setattr("fxopt.bench.field.tidy", lambda: None)
     monkeypatch.setattr("fxopt.bench.measuring.tidy", lambda: None)
     monkeypatch.setattr("fxopt.bench.trouble.tidy", lambda: None)
     monkeypatch.setattr("fxopt.bench.measuring.read_speed", lambda device: 2e10)
@@ -205,6 +209,48 @@ def test_ctrl_c_before_anything_was_measured(tmp_path: Path, capsys: pytest.Capt
 
     assert run(job(Fake(STOCK, [], act), csv=tmp_path / "bench.csv")) == INTERRUPTED
     assert f"{STOCK}, batch 1, prompt 6, 4 new tokens, max_len 10: not measured" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_loaded_later(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was measured of those before is shown; if there is nothing, the sentence is all."""
+    load = Source.load
+
+    def limited(self: Source, layers: int | None = None) -> Any:
+        if layers == 9:
+            raise InvalidRequestError("there is no room for 9 layers")
+        return load(self, layers)
+
+    monkeypatch.setattr(Source, "load", limited)
+    sizes = [Setting(1, 6, 4, 10, layers) for layers in (1, 9)]
+    assert run(job(Fake(STOCK, []), sizes=sizes)) == WRONG
+    printed = capsys.readouterr()
+    assert "1 layers, batch 1, prompt 6" in printed.out
+    assert printed.err == "fxopt: there is no room for 9 layers; this is what was measured until then\n"
+    with pytest.raises(InvalidRequestError, match="no room"):
+        run(job(Fake(STOCK, []), sizes=sizes[1:]))
+
+
+def test_two_models_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Source.load
+    seen: list[weakref.ref[Any]] = []
+
+    def counting(self: Source, layers: int | None = None) -> Any:
+        gc.collect()
+        assert [one() for one in seen if one() is not None] == []
+        model, tokenizer = load(self, layers)
+        seen.append(weakref.ref(model))
+        return model, tokenizer
+
+    class Holding(Fake):
+        def prepare(self, subject: Subject) -> None:
+            self.model = subject.model
+
+    monkeypatch.setattr(Source, "load", counting)
+    found = Measuring(TINY, lambda: [Holding("a", [])], Effort(1), Progress(io.StringIO()))
+    found.run([Setting(1, 6, 4, 10, layers) for layers in (1, 2, 3)])
+    assert len(seen) == 3
 
 
 class FakeOurs(Fake):

@@ -10,11 +10,14 @@ NBYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 READS = 3
 
 
-def read_speed(device: torch.device, nbytes: int | None = None) -> float:
-    """Bytes per second, the best of a few reads; memory is given back afterwards."""
+def read_speed(device: torch.device, nbytes: int | None = None) -> float | None:
+    """Bytes per second, the best of a few reads, or None where there is no room; memory is given back afterwards."""
     nbytes = nbytes or NBYTES.get(device.type, NBYTES["cpu"])
-    # Not zeros: pages that were never written are one page, which lies in the cache.
-    data = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
+    try:
+        # Not zeros: pages that were never written are one page, which lies in the cache.
+        data = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
+    except RuntimeError:
+        return None
     return nbytes / min(_seconds(data) for _ in range(READS))
 
 

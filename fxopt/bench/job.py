@@ -18,7 +18,7 @@ from fxopt.bench.setting import Setting
 from fxopt.bench.source import Source
 from fxopt.bench.table import compared
 from fxopt.bench.traces import Traces
-from fxopt.errors import InvalidRequestError
+from fxopt.errors import FxoptError, InvalidRequestError
 from fxopt.progress import Progress
 
 WRONG, INTERRUPTED = 1, 130  # exit codes
@@ -40,21 +40,25 @@ class Job:
 
 
 def run(job: Job) -> int:
-    """The exit code: 1 if something of fxopt's own failed, or said other tokens in float32."""
+    """The exit code: 1 if something of fxopt's own failed, or said other tokens in float32, or not all was measured."""
     _check(job)
     machine = Machine.here(job.source.device)
     measuring = Measuring(job.source, job.lineup, job.effort, Progress(), job.traces)
-    interrupted = False
+    ended = ""
     try:
         measuring.run(job.settings)
     except KeyboardInterrupt:
-        interrupted = True
+        ended = "interrupted"
+    except FxoptError as error:
+        if not measuring.rows:
+            raise
+        ended = str(error)  # such as no room for a deeper model
     results = Results.of(measuring, machine)
     print(job.shown(results))
     _write(job, results)
-    if interrupted:
-        print("fxopt: interrupted; this is what was measured until then", file=sys.stderr)
-        return INTERRUPTED
+    if ended:
+        print(f"fxopt: {ended}; this is what was measured until then", file=sys.stderr)
+        return INTERRUPTED if ended == "interrupted" else WRONG
     for one in results.wrong:
         said = one.trouble or f"its tokens are those of the stock model for the first {one.agreed} alone"
         print(f"fxopt: {one.contender}, {one.setting}: {said}", file=sys.stderr)

@@ -16,7 +16,8 @@ from torch._inductor.utils import fresh_cache
 
 from fxopt.bench.answers import hashed
 from fxopt.bench.bandwidth import read_speed
-from fxopt.bench.contender import Contender, Tokens
+from fxopt.bench.contender import Contender
+from fxopt.bench.field import Field
 from fxopt.bench.memory import Meter, meter_for, tidy
 from fxopt.bench.row import Row
 from fxopt.bench.setting import Setting
@@ -24,7 +25,6 @@ from fxopt.bench.source import Source
 from fxopt.bench.subject import Subject
 from fxopt.bench.timing import timed
 from fxopt.bench.traces import Traces
-from fxopt.bench.traffic import weight_bytes
 from fxopt.bench.trouble import noted
 from fxopt.progress import Progress
 
@@ -62,13 +62,15 @@ class Measuring:
     def run(self, settings: Sequence[Setting]) -> None:
         """Measure in order; settings with one depth and one ``max_len`` share what is prepared."""
         for (layers, max_len), together in _groups(settings).items():
-            model, tokenizer = self._model(layers)
-            largest = max(setting.batch for setting in together)
-            subject = Subject(self.source, model, tokenizer, max_len, largest)
-            field = _Field(self._lineup(), subject, self.meter, self._progress)
-            with new_compilers():
-                for setting in together:
-                    self._measure(field, setting)
+            self._run_together(layers, max_len, together)
+
+    def _run_together(self, layers: int | None, max_len: int, settings: Sequence[Setting]) -> None:
+        model, tokenizer = self._model(layers)
+        subject = Subject(self.source, model, tokenizer, max_len, max(setting.batch for setting in settings))
+        field = Field(self._lineup(), subject, self.meter, self._progress)
+        with new_compilers():
+            for setting in settings:
+                self._measure(field, setting)
 
     def _model(self, layers: int | None) -> tuple[Any, Any]:
         if self._loaded is None or self._loaded[0] != layers:
@@ -78,7 +80,7 @@ class Measuring:
                 self._loaded = layers, self.source.load(layers)
         return self._loaded[1]
 
-    def _measure(self, field: _Field, setting: Setting) -> None:
+    def _measure(self, field: Field, setting: Setting) -> None:
         prompt = field.subject.prompt(setting)
         # A step attends to the prompt and, on average, to half of what is new.
         step_bytes = field.subject.traffic.step(setting.batch, setting.prompt + setting.new / 2)
@@ -101,7 +103,7 @@ class Measuring:
                 self._round(racing, prompt)
         self._trace(racing, prompt)
 
-    def _warm_up(self, field: _Field, contender: Contender, row: Row, prompt: Tensor) -> None:
+    def _warm_up(self, field: Field, contender: Contender, row: Row, prompt: Tensor) -> None:
         """Until everything is compiled; then once more, to see how much memory it takes and what it says."""
         for turn in range(self._effort.warmups):
             began = time.perf_counter()
@@ -114,7 +116,8 @@ class Measuring:
         row.text_hash = hashed(field.subject.texts(prompt, row.tokens))
 
     def _round(self, racing: Sequence[tuple[Contender, Row]], prompt: Tensor) -> None:
-        self.read_speeds.append(read_speed(self.source.device))
+        if (speed := read_speed(self.source.device)) is not None:
+            self.read_speeds.append(speed)
         for contender, row in racing:
             if row.trouble is None:
                 with noted(row):
@@ -140,55 +143,3 @@ def _groups(settings: Sequence[Setting]) -> dict[tuple[int | None, int], list[Se
     for setting in settings:
         found[setting.layers, setting.max_len].append(setting)
     return dict(found)
-
-
-class _Field:
-    """The contenders for one subject: each is prepared when it is first needed, and what it keeps is counted."""
-
-    def __init__(
-        self, contenders: Sequence[Contender], subject: Subject, meter: Meter | None, progress: Progress
-    ) -> None:
-        self.contenders = contenders
-        self.subject = subject
-        self._meter = meter
-        self._progress = progress
-        self._weights = weight_bytes(subject.model)
-        self._kept: dict[str, int] = defaultdict(int)
-        self._prepared: dict[str, str | None] = {}  # what went wrong, or None
-
-    def prepare(self, contender: Contender, row: Row) -> None:
-        """Once; what has failed would fail again."""
-        if contender.name not in self._prepared:
-            began = time.perf_counter()
-            with noted(row), self._progress.step(f"prepare {contender.name}"), self.keeping(contender):
-                contender.prepare(self.subject)
-            self._prepared[contender.name] = row.trouble
-            row.ready_s = time.perf_counter() - began
-        row.trouble = self._prepared[contender.name]
-
-    @contextlib.contextmanager
-    def keeping(self, contender: Contender) -> Iterator[None]:
-        """What stays when the caches are given back belongs to this contender."""
-        if self._meter is None:
-            yield
-            return
-        if contender.name in self._prepared:
-            contender.release()
-        tidy()
-        before = self._meter.now()
-        yield
-        contender.release()
-        tidy()
-        self._kept[contender.name] += self._meter.now() - before
-
-    def weighed(self, contender: Contender, prompt: Tensor, new: int) -> tuple[Tokens, int | None]:
-        """What it says, and the memory there would be at most if it were alone: weights, what it keeps, the run."""
-        if self._meter is None:
-            return contender.generate(prompt, new, None), None
-        contender.release()
-        tidy()
-        before = self._meter.now()
-        self._meter.restart()
-        tokens = contender.generate(prompt, new, None)
-        own = self._kept[contender.name] + self._meter.peak() - before
-        return tokens, own + (self._weights if contender.shares_weights else 0)

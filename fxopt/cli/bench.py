@@ -62,8 +62,12 @@ def add(commands: Commands) -> None:
     taking.add_argument("--backend", choices=BACKENDS, default="inductor")
     taking.add_argument("--compile", nargs="+", choices=COMPILES, default=["auto"], help="fxopt, in one way or several")
     effort = parser.add_argument_group("effort")
-    effort.add_argument("--rounds", type=positive, default=3, help="timed runs of every contender (default 3)")
-    effort.add_argument("--warmups", type=positive, default=1, help="runs before them (default 1)")
+    effort.add_argument(
+        "--rounds", type=positive, default=Effort.rounds, help=f"timed runs of each (default {Effort.rounds})"
+    )
+    effort.add_argument(
+        "--warmups", type=positive, default=Effort.warmups, help=f"runs before them (default {Effort.warmups})"
+    )
     effort.add_argument("--threads", type=positive, help="default: as many as PyTorch takes")
     output = parser.add_argument_group("output")
     output.add_argument("--csv", type=Path, metavar="FILE", help="add a line for each row, with versions and commit")
