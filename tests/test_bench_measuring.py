@@ -170,6 +170,16 @@ def test_who_cannot_take_part_has_no_row() -> None:
     assert found.left_out == {"a": "it is not installed"}
 
 
+def test_rows_are_compared_within_their_setting() -> None:
+    """With the stock model, and with the row above; the first row of a setting has none above."""
+    found = measuring([Fake(STOCK, []), Fake("a", []), Fake("b", [], answer=8)])
+    found.run(settings([1, 2], [6], [4]))
+    compared = Results.of(found, MACHINE).figures
+    assert [one.to_stock is not None for one in compared] == [True] * 6
+    assert [one.to_before is not None for one in compared] == 2 * [False, True, True]
+    assert [one.agreed for one in compared] == 2 * [4, 4, 0]
+
+
 # --- a job ---------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ class Source:
     def __str__(self) -> str:
         return f"{self.name} (random weights)" if self.random else self.name
 
-    @property
+    @cached_property
     def config(self) -> PretrainedConfig:
         return known_config(self.name) if self.random else load_config(self.name)
 
@@ -46,7 +48,7 @@ class Source:
             if layers is not None:
                 return self._made(with_layers(self.config, layers)), None
             if self.random:
-                return self._made(self.config), None
+                return self._made(copy.deepcopy(self.config)), None  # Transformers writes into it
             # Loaders draw bars of their own, also into a pipe.
             transformers_logging.disable_progress_bar()
             with contextlib.redirect_stderr(io.StringIO()):
