@@ -15,7 +15,7 @@ from fxopt.bench.pictures import DRAWN, panels, title, varied
 from fxopt.bench.setting import settings
 
 SVG = "{http://www.w3.org/2000/svg}"
-LINES = {"stock <eager>": [(1, 10.0), (2, 20.0), (4, 40.0)], "fxopt": [(4, 80.0), (1, 20.0)], "one point": [(2, 5.0)]}
+LINES = {"stock <eager>": [(1, 10.0), (4, 20.0), (16, 40.0)], "fxopt": [(16, 80.0), (1, 20.0)], "one point": [(4, 5.0)]}
 
 
 def drawn(*panels: Panel, title: str = "Decode & more") -> ElementTree.Element:
@@ -43,12 +43,12 @@ def test_values_have_their_places() -> None:
     assert all(0 < float(str(circle.get("cx"))) < PANEL_WIDTH for circle in circles)
     said = ["".join(one.itertext()) for one in root.iter(f"{SVG}title")]
     assert said[0] == "stock <eager>\nsequences 1: 10 tokens/s"
-    assert {"Decode & more", "Decode", "sequences", "tokens/s", "1", "2", "4", "stock <eager>"} <= set(texts(root))
+    assert {"Decode & more", "Decode", "sequences", "tokens/s", "1", "4", "16", "stock <eager>"} <= set(texts(root))
 
 
 def test_near_sizes_are_drawn_as_they_are() -> None:
-    (line,) = lines(drawn(Panel("", "x", "y", {"a": [(100, 1), (200, 1), (350, 1)]})))
-    assert (line[2][0] - line[0][0]) / (line[1][0] - line[0][0]) == pytest.approx(2.5, abs=0.01)
+    (line,) = lines(drawn(Panel("", "x", "y", {"a": [(100, 1), (200, 1), (800, 1)]})))
+    assert (line[2][0] - line[0][0]) / (line[1][0] - line[0][0]) == pytest.approx(7, abs=0.05)
 
 
 def test_colours_are_of_names() -> None:

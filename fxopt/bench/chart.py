@@ -16,7 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 28, 44, 50  # of a panel, around what is drawn
 HEAD, LEGEND_LINE = 44, 22
 LETTER = 6.6  # pixels of a letter of the legend
 TICKS, TICK_ROOM = 6, 34  # at most so many on the left, and pixels between two below
-WIDE = 4.0  # sizes of which the largest is so many times the smallest are drawn by powers
+WIDE = 16.0  # sizes of which the largest is so many times the smallest are drawn by powers
 AIR = 1.06
 
 #: For light and for dark; further lines begin again.
