@@ -26,7 +26,7 @@ from fxopt.bench.figures import Figures
 from fxopt.bench.job import Job, run
 from fxopt.bench.measuring import Effort
 from fxopt.bench.ours import Ours
-from fxopt.bench.pictures import panels, varied
+from fxopt.bench.pictures import drawing
 from fxopt.bench.results import Results
 from fxopt.bench.setting import settings
 from fxopt.bench.source import Source
@@ -90,7 +90,7 @@ def main() -> int:
             lambda: [contender(options.preallocate, options.compile)],
             Effort(),
             shown,
-            panels if varied(wanted) else None,
+            drawing(wanted),
             traces=Traces() if options.profile else None,
         )
     )

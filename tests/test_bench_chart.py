@@ -95,7 +95,7 @@ def test_what_varies_goes_to_the_right() -> None:
 def test_a_sweep_has_panels_for_the_other_sizes() -> None:
     swept = settings([1, 2, 4], [100, 200], [8])
     found = results(*(figure(setting=one, decode_tok_s=one.batch * one.prompt, peak_mb=9) for one in swept))
-    drawn = panels(found)
+    drawn = panels(found, "batch")
     assert [panel.title for panel in drawn] == [f"{what}, prompt {n}" for n in (100, 200) for what, *_ in DRAWN]
     assert drawn[0].lines == {"fxopt": [(1, 100), (2, 200), (4, 400)]}
     assert drawn[4].lines == {"fxopt": [(1, 200), (2, 400), (4, 800)]}

@@ -22,6 +22,7 @@ from fxopt.bench.contender import Contender
 from fxopt.bench.job import INTERRUPTED, WRONG, Job, run
 from fxopt.bench.measuring import Effort, Measuring, new_compilers
 from fxopt.bench.memory import Meter, Resident, meter_for, tidy
+from fxopt.bench.pictures import drawing
 from fxopt.bench.results import Results
 from fxopt.bench.row import Row
 from fxopt.bench.setting import Setting, settings
@@ -261,6 +262,20 @@ def test_two_models_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     found = Measuring(TINY, lambda: [Holding("a", [])], Effort(1), Progress(io.StringIO()))
     found.run([Setting(1, 6, 4, 10, layers) for layers in (1, 2, 3)])
     assert len(seen) == 3
+
+
+def test_ctrl_c_in_the_first_setting_of_a_sweep(tmp_path: Path) -> None:
+    """What there is of it is drawn."""
+    calls: list[str] = []
+
+    def act(prompt: Tensor) -> None:
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    sizes = settings([1, 2], [6], [4])
+    picture = tmp_path / "bench.svg"
+    assert run(job(Fake(STOCK, calls, act), sizes=sizes, svg=picture, drawn=drawing(sizes))) == INTERRUPTED
+    assert picture.read_text().count('<circle class="dot') >= 3
 
 
 class FakeOurs(Fake):

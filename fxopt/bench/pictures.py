@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -27,6 +28,12 @@ DRAWN: tuple[tuple[str, str, Callable[[Figures], float | None]], ...] = (
 )
 
 
+def drawing(settings: Sequence[Setting]) -> Callable[[Results], list[Panel]] | None:
+    """How results in these settings are drawn; None if they are no sweep."""
+    size = varied(settings)
+    return None if size is None else functools.partial(panels, size=size)
+
+
 def varied(settings: Sequence[Setting]) -> str | None:
     """The size with the most values, if any has several: the one that goes to the right."""
     counts = {name: len({getattr(setting, name) for setting in settings}) for name in SIZES}
@@ -34,10 +41,8 @@ def varied(settings: Sequence[Setting]) -> str | None:
     return most if counts[most] > 1 else None
 
 
-def panels(results: Results) -> list[Panel]:
-    """For each combination of the other sizes, everything that is drawn over the one that varies most."""
-    size = varied(results.settings)
-    assert size is not None, "a sweep has several settings"
+def panels(results: Results, size: str) -> list[Panel]:
+    """For each combination of the other sizes, everything that is drawn over this one."""
     others: dict[Setting, list[Figures]] = defaultdict(list)
     for one in results.figures:
         others[dataclasses.replace(one.setting, **{size: 0})].append(one)

@@ -17,7 +17,7 @@ from fxopt.bench.job import Job
 from fxopt.bench.job import run as run_job
 from fxopt.bench.lineup import CONTENDERS, USUAL, Ways, ablation, chosen
 from fxopt.bench.measuring import Effort
-from fxopt.bench.pictures import panels, varied
+from fxopt.bench.pictures import drawing
 from fxopt.bench.results import Results
 from fxopt.bench.setting import Setting, settings
 from fxopt.bench.source import Source
@@ -110,13 +110,13 @@ def source_of(arguments: argparse.Namespace) -> Source:
 def _comparison(arguments: argparse.Namespace, source: Source, ways: Ways) -> Question:
     wanted = _sizes(arguments)
     lineup = functools.partial(chosen, arguments.contenders or USUAL, ways)
-    return wanted, lineup, compared, panels if varied(wanted) else None
+    return wanted, lineup, compared, drawing(wanted)
 
 
 def _ablation(arguments: argparse.Namespace, source: Source, ways: Ways) -> Question:
     wanted = _sizes(arguments)
     shown = functools.partial(compared, columns=ABLATION)
-    return wanted, functools.partial(ablation, ways), shown, panels if varied(wanted) else None
+    return wanted, functools.partial(ablation, ways), shown, drawing(wanted)
 
 
 def _growth(arguments: argparse.Namespace, source: Source, ways: Ways) -> Question:
