@@ -15,7 +15,7 @@ endif
 # Extra pip options to find it, such as the index of CPU wheels that pytorch.org names.
 PIP_OPTIONS ?=
 
-.PHONY: help demo test test-fast lint types imports check golden clean
+.PHONY: help demo bench test test-fast lint types imports check golden clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
@@ -33,6 +33,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/.ready ## optimise SmolLM2-135M and generate with it beside the stock model
 	$(BIN)/fxopt demo
+
+bench: $(VENV)/.ready ## speed and memory beside the stock model and StaticCache + torch.compile
+	$(BIN)/fxopt bench
 
 test: $(VENV)/.ready ## all tests: the quick ones in parallel, then those that compile
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"

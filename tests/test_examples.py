@@ -36,13 +36,13 @@ RUNS = {
         "the same tokens",
     ),
     "kv_traffic.py": (["--tiny", "--max-len", "256", "--filled", "100"], "4.9x less"),
-    "decode_speed.py": (
-        ["--backend", "eager", "--no-static", "--new", "2", "--rounds", "1", "--prompt", "8", "--kv-dtype", "int8"],
-        "fxopt, int8",
-    ),
     "kv_perplexity.py": (
         ["--model", TINY, "--tokens", "256", "--window", "128", "--new", "8"],
         "int4",
+    ),
+    "run_llama.py": (
+        ["--model", "tiny", "--preallocate", "--compile", "no", "--prompt", "8", "16", "--new", "4"],
+        "| 1            | 16              | 4            | 20             |",
     ),
     "cold_start.py": (["--layers", "2", "4", "--backend", "eager"], "of the time of the first"),
     "decode_loop.py": (

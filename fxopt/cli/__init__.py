@@ -1,4 +1,4 @@
-"""The command line: ``fxopt demo``, ``generate``, ``explain``, ``verify``, ``bisect``, ``plan``, ``passes``."""
+"""The command line: ``fxopt demo``, ``generate``, ``bench``, ``explain``, ``verify`` and so on."""
 
 from fxopt.cli.entry import main
 

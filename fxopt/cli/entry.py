@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fxopt.cli import bisect, demo, explain, generate, passes, plan, verify
+from fxopt.cli import bench, bisect, demo, explain, generate, passes, plan, verify
 from fxopt.errors import FxoptError
 
-COMMANDS = (demo, generate, explain, verify, bisect, plan, passes)
+COMMANDS = (demo, generate, bench, explain, verify, bisect, plan, passes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -72,13 +72,13 @@ def _sheet(plans: Sequence[tuple[str, Plan]], title: str, heading: int, captions
     kinds.sort(key=OTHER.__eq__)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="memory-plan" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{_safe(title)}">',
+        f'aria-label="{safe(title)}">',
         f"<style>{_STYLE}{_kind_styles(kinds)}</style>",
         f'<rect class="sheet" width="{width}" height="{height}"/>',
         *_legend(kinds, width),
     ]
     if heading:
-        parts.append(f'<text x="{LEFT}" y="26" font-size="16" font-weight="600">{_safe(title)}</text>')
+        parts.append(f'<text x="{LEFT}" y="26" font-size="16" font-weight="600">{safe(title)}</text>')
     for place, (name, plan) in enumerate(plans):
         left, right = (edge * width // len(plans) for edge in (place, place + 1))
         scale = _Scale.of(plan, highest, (left + LEFT, right - RIGHT), (heading + TOP, height - BOTTOM))
@@ -116,8 +116,8 @@ class _Scale:
 
 def _head(scale: _Scale, name: str, plan: Plan) -> list[str]:
     return [
-        f'<text x="{scale.left}" y="{scale.top - 40}" font-size="15" font-weight="600">{_safe(name)}</text>',
-        f'<text class="faint" x="{scale.left}" y="{scale.top - 21}">{_safe(_summary(plan))}</text>',
+        f'<text x="{scale.left}" y="{scale.top - 40}" font-size="15" font-weight="600">{safe(name)}</text>',
+        f'<text class="faint" x="{scale.left}" y="{scale.top - 21}">{safe(_summary(plan))}</text>',
     ]
 
 
@@ -134,11 +134,11 @@ def _rectangle(scale: _Scale, buffer: Buffer, offset: int, number: int, kind: in
     strength = STRENGTHS[number % len(STRENGTHS)]
     found = [
         f'<rect class="buffer kind-{kind % len(COLOURS)}{thin}" fill-opacity="{strength}" x="{left:.2f}" y="{top:.2f}" '
-        f'width="{right - left:.2f}" height="{bottom - top:.2f}"><title>{_safe(chr(10).join(said))}</title></rect>'
+        f'width="{right - left:.2f}" height="{bottom - top:.2f}"><title>{safe(chr(10).join(said))}</title></rect>'
     ]
     if bottom - top > LINE and right - left > LETTER * len(buffer.name) + 6:
         found.append(
-            f'<text class="name" x="{left + 4:.2f}" y="{(top + bottom) / 2 + 3.5:.2f}">{_safe(buffer.name)}</text>'
+            f'<text class="name" x="{left + 4:.2f}" y="{(top + bottom) / 2 + 3.5:.2f}">{safe(buffer.name)}</text>'
         )
     return found
 
@@ -187,7 +187,7 @@ def _legend(kinds: list[str], width: int) -> list[str]:
     for number, kind in reversed(list(enumerate(kinds)) if len(kinds) > 1 else []):
         x -= LETTER * len(kind) + 34
         swatch = f'class="kind-{number % len(COLOURS)}" x="{x:.1f}" y="14" width="11" height="11" rx="2"'
-        found += [f"<rect {swatch}/>", f'<text class="faint" x="{x + 16:.1f}" y="24">{_safe(kind)}</text>']
+        found += [f"<rect {swatch}/>", f'<text class="faint" x="{x + 16:.1f}" y="24">{safe(kind)}</text>']
     return found
 
 
@@ -214,5 +214,5 @@ def readable(nbytes: float) -> str:
     return f"{nbytes:,.4g} TiB"
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     return escape(_CONTROL.sub("\ufffd", text), {'"': "&quot;"})

@@ -1,0 +1,364 @@
+"""The arithmetic of ``fxopt bench``: what becomes of seconds and tokens, in tables and files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_fakes import MACHINE, Fake, figure, results
+
+from fxopt.bench import records
+from fxopt.bench.answers import agreed, hashed
+from fxopt.bench.bandwidth import read_speed
+from fxopt.bench.figures import figures
+from fxopt.bench.growth import NAMES, axes, settings_of
+from fxopt.bench.row import Row
+from fxopt.bench.setting import Setting, settings
+from fxopt.bench.table import ABLATION, COLUMNS, compared, grown
+from fxopt.bench.timing import Run, _on_gpu, timed
+from fxopt.bench.traffic import CacheRow, Traffic, weight_bytes
+from fxopt.errors import InvalidRequestError
+from fxopt.families import SLIDING, tiny
+
+SETTING = Setting(batch=2, prompt=20, new=4, max_len=24)
+SAID = [[5, 6, 7, 8], [5, 6, 7, 9]]
+
+
+def ran(prefill: float, *steps: float, tokens: list[list[int]] = SAID) -> Run:
+    return Run(prefill, steps, prefill + sum(steps), tokens)
+
+
+def row(*runs: Run, contender: str = "fxopt", tokens: list[list[int]] | None = None, **others: Any) -> Row:
+    return Row(contender, SETTING, tokens=tokens or SAID, runs=list(runs), **others)
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+def test_settings_are_all_combinations() -> None:
+    found = settings([1, 4], [100, 200], [8])
+    assert [(one.batch, one.prompt, one.new) for one in found] == [(1, 100, 8), (1, 200, 8), (4, 100, 8), (4, 200, 8)]
+    assert {one.max_len for one in found} == {208}, "one cache for all of them"
+    assert {one.max_len for one in settings([1], [100], [8], 512)} == {512}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [(([1], [100], [8], 107), "make 108, but max_len is 107"), (([1], [100], [1]), "ask for 2 or more")],
+)
+def test_settings_that_cannot_be(sizes: Any, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        settings(*sizes)
+
+
+def test_axes_stay_within_the_positions() -> None:
+    for limit, longest in ((4096, 4096), (100_000, 8192), (None, 8192)):
+        found = axes(limit)
+        assert tuple(axis.name for axis in found) == NAMES
+        assert max(one.max_len for one in settings_of(found)) == longest
+        assert all(one.prompt + one.new <= one.max_len for one in settings_of(found))
+
+
+@pytest.mark.parametrize("axis", axes(4096), ids=lambda axis: axis.name)
+def test_one_size_grows_along_an_axis(axis: Any) -> None:
+    sizes = [getattr(one, axis.size) for one in axis.settings]
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) > 2
+    assert len({dataclasses.replace(one, **{axis.size: 1}) for one in axis.settings}) == 1
+
+
+def test_what_two_axes_share_is_measured_once() -> None:
+    lengths, _, _, batches = axes(4096)
+    assert set(lengths.settings) & set(batches.settings)
+    found = settings_of([lengths, batches])
+    assert len(found) == len(set(found)) == len(lengths.settings) + len(batches.settings) - 1
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only when somebody works."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Working(Fake):
+    """Takes 3 seconds for the prompt, 1, 2, 3 … for the tokens after it, and half a second to finish."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__("working", [])
+        self._clock = clock
+
+    def generate(self, prompt: torch.Tensor, new: int, stamp: Any) -> list[list[int]]:
+        for step in range(new):
+            self._clock.now += step or 3
+            if stamp is not None:
+                stamp()
+        self._clock.now += 0.5
+        return [[7] * new] * prompt.shape[0]
+
+
+def test_a_run_is_split_at_its_tokens() -> None:
+    clock = Clock()
+    run = timed(Working(clock), torch.ones(2, 5, dtype=torch.long), 4, clock)
+    assert run == Run(prefill=3.0, steps=(1.0, 2.0, 3.0), total=9.5, tokens=[[7] * 4] * 2)
+
+
+def test_on_a_gpu_nobody_looks_at_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token and all of them, each waited for: the difference is what decoding took."""
+    clock = Clock()
+    waited: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    run = _on_gpu(Working(clock), torch.ones(1, 5, dtype=torch.long), 4, clock)
+    assert run == Run(prefill=3.5, steps=(2.0,), total=9.5, tokens=[[7] * 4])
+    assert len(waited) == 4
+
+
+def test_an_answer_of_another_length_is_no_answer() -> None:
+    class Short(Fake):
+        def generate(self, prompt: torch.Tensor, new: int, stamp: Any) -> list[list[int]]:
+            return super().generate(prompt, new - 1, stamp)
+
+    with pytest.raises(RuntimeError, match=r"2 sequences of 4 new tokens were asked for, and \[3, 3\] came"):
+        timed(Short("short", []), torch.ones(2, 5, dtype=torch.long), 4)
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_row() -> None:
+    runs = (ran(0.3, 0.1, 0.1, 0.5), ran(0.2, 0.2, 0.2, 0.2), ran(0.4, 0.3, 0.1, 0.2))
+    own = row(*runs, step_bytes=4e9, peak_bytes=5 * 10**8)
+    found = figures(own, None, None, read_speed=4e10)
+    assert found.prefill_ms == pytest.approx(300)
+    assert found.token_ms == pytest.approx(200), "the median of all steps, not the mean"
+    assert found.decode_tok_s == pytest.approx(2 / 0.2)
+    assert found.tok_s == pytest.approx(2 * 4 / 1.0), "new tokens of all sequences over the median total"
+    assert found.read_gb_s == pytest.approx(20)
+    assert found.of_read_speed == pytest.approx(0.5)
+    assert found.peak_mb == 500
+    assert (found.rounds, found.trouble, found.agreed, found.to_stock) == (3, None, None, None)
+
+
+def test_ratios_are_taken_in_each_round() -> None:
+    """The machine is three times slower in the second round and the third; what ran beside it felt the same."""
+    stock = row(ran(1, 2, 2, 2), ran(3, 6, 6, 6), ran(3, 9, 9, 9), contender="stock eager")
+    before = row(ran(1, 1, 1, 1), ran(3, 3, 3, 3), ran(3, 3, 3, 3), contender="before")
+    own = row(ran(1, 1, 0.5, 0.5), ran(3, 3, 1.5, 1.5), ran(3, 3, 1.5, 1.5))
+    found = figures(own, stock, before, None)
+    assert found.decode_to_stock == pytest.approx(4.0)
+    assert found.decode_to_before == pytest.approx(2.0)
+    assert found.to_stock == pytest.approx(7 / 3)
+    assert found.to_before == pytest.approx(4 / 3)
+    assert found.of_read_speed is None
+
+
+def test_a_round_that_was_not_finished_is_not_compared() -> None:
+    stock = row(ran(1, 1, 1, 1), ran(1, 1, 1, 1), contender="stock eager")
+    assert figures(row(ran(1, 0.5, 0.5, 0.5)), stock, None, None).decode_to_stock == pytest.approx(2.0)
+
+
+def test_a_row_without_runs() -> None:
+    stock = row(ran(1, 1, 1, 1), contender="stock eager")
+    found = figures(row(trouble="out of memory"), stock, stock, 1e9)
+    assert (found.token_ms, found.tok_s, found.to_stock, found.trouble) == (None, None, None, "out of memory")
+    assert not found.has_failed
+    assert figures(row(), stock, None, None).trouble == "not measured"
+    assert figures(row(trouble="it broke"), stock, None, None).has_failed
+
+
+def test_tokens_that_change_from_run_to_run() -> None:
+    found = figures(row(ran(1, 1), ran(1, 1, tokens=[[5, 6, 7, 8], [1, 1, 1, 1]])), None, None, None)
+    assert found.trouble == "its tokens changed from run to run"
+    assert found.has_failed
+
+
+@pytest.mark.parametrize(
+    ("tokens", "agreeing", "same"),
+    [(SAID, 4, True), ([[5, 6, 7, 8], [5, 6, 1, 9]], 2, False), ([[1, 6, 7, 8], [5, 6, 7, 9]], 0, False)],
+)
+def test_tokens_are_compared_with_stock(tokens: list[list[int]], agreeing: int, same: bool) -> None:
+    found = figures(row(ran(1, 1, tokens=tokens), tokens=tokens), row(contender="stock eager"), None, None)
+    assert (found.agreed, found.is_same) == (agreeing, same)
+    assert agreed(tokens, SAID) == agreeing
+
+
+def test_the_hash() -> None:
+    """Eight digits of the sha256 of the list of texts as Python writes it."""
+    texts = ["Once upon a time", "it's"]
+    assert hashed(texts) == hashlib.sha256(b"""['Once upon a time', "it's"]""").hexdigest()[:8]
+    assert len({hashed(one) for one in (texts, texts[::-1], ["Once upon a time it's"], texts[:1])}) == 4
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_of_a_step(tied: bool) -> None:
+    model: Any = tiny("llama", tie_word_embeddings=tied)
+    config = model.config
+    own = sum(one.nbytes for name, one in model.named_parameters() if "embed_tokens" not in name)
+    table = 4 * config.vocab_size * config.hidden_size
+    traffic = Traffic.of(model)
+    assert traffic.weight_bytes == own + (table if tied else 0), "a table that is looked up is not read"
+    assert weight_bytes(model) == own + table + sum(one.nbytes for one in model.buffers())
+    row_bytes = 2 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * 4
+    assert traffic.rows == (CacheRow(row_bytes, None),) * 2
+    assert traffic.step(3, 10.5) == traffic.weight_bytes + 3 * 2 * 10.5 * row_bytes
+
+
+def test_a_sliding_window_bounds_what_is_read() -> None:
+    traffic = Traffic.of(tiny("mistral"))
+    assert {one.window for one in traffic.rows} == {SLIDING}
+    assert traffic.step(1, 10 * SLIDING) == traffic.step(1, SLIDING) > traffic.step(1, SLIDING - 1)
+
+
+def test_weights_that_share_memory_count_once() -> None:
+    model: Any = tiny("llama")
+    before = weight_bytes(model)
+    model.fused = torch.nn.Parameter(model.lm_head.weight.detach())
+    assert weight_bytes(model) == before
+
+
+def test_reading_memory_takes_time() -> None:
+    """More than a disk and less than any memory."""
+    assert 1e8 < (read_speed(torch.device("cpu"), 2**24) or 0) < 1e13
+    assert read_speed(torch.device("cpu"), 2**60) is None, "there is no room for as much"
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def test_a_table_says_what_was_measured() -> None:
+    fast = figure(
+        prefill_ms=1234.4, token_ms=13.5, decode_to_stock=4.18, tok_s=73.8, to_stock=3.5, peak_mb=704.2, read_gb_s=19.8,
+        of_read_speed=1.03, text_hash="00000e12", agreed=8,
+    )  # fmt: skip
+    text = compared(results(fast, figure("broken", trouble="out of memory")))
+    line = next(line for line in text.splitlines() if line.startswith("fxopt"))
+    shown = ["fxopt", "1", "1,234", "13.5", "4.18x", "73.8", "3.50x", "704", "19.8", "103%", "00000e12", "yes"]
+    assert line.split() == shown
+    assert "broken, batch 1, prompt 20, 8 new tokens, max_len 28: out of memory" in text
+    assert "some processor, 1 threads of 2 cores; torch 2.13.0" in text
+    assert "(abc1234); 2026-11-21" in text
+    assert "between the rounds, 20.0 GB/s" in text
+    assert "to above" not in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_columns_stand_below_their_headers() -> None:
+    text = compared(results(figure(token_ms=13.5, tok_s=73.8)))
+    upper, lower, _, line = _table(text)
+    for name, value in (("ms/token", "13.5"), ("tokens/s", "73.8")):
+        assert lower.index(name) + len(name) == line.index(value) + len(value)
+    assert upper.index("decode") + len("decode") == lower.index("ms/token") + len("ms/token")
+
+
+def _table(text: str) -> tuple[str, str, str, str]:
+    lines = text.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("contender"))
+    return lines[place - 1], lines[place], lines[place + 1], lines[place + 2]
+
+
+def test_tokens_that_part_are_shown() -> None:
+    assert COLUMNS["same\ntokens"](figure(agreed=3)) == "first 3"
+    assert COLUMNS["same\ntokens"](figure()) == ""
+
+
+def test_an_ablation_compares_with_the_row_above() -> None:
+    one = figure("+ rotary", decode_to_before=1.25, to_before=1.5)
+    text = compared(results(one), ABLATION)
+    assert "1.25x" in text
+    assert "1.50x" in text
+    assert "to above" in _table(text)[1]
+    assert "to above: the same, to the row above." in text
+    assert "GB/s" not in text, "what is not in the table is not explained"
+
+
+def test_what_nobody_measured_has_no_column() -> None:
+    one = figure(token_ms=13.5, peak_mb=700)
+    text = compared(results(one, dataclasses.replace(one, peak_mb=None)))
+    assert _table(text)[1].split() == ["contender", "s", "ms/token", "MB"]
+    assert "peak: resident memory of the process, if" in text
+    assert not {"limit:", "hash:", "stock:"} & set(text.split())
+    assert "peak" not in compared(results(dataclasses.replace(one, peak_mb=None)))
+
+
+def test_growth_has_sizes_from_left_to_right() -> None:
+    axis = axes(4096)[0]
+    found = [
+        figure(name, one, token_ms=1.5 * step)
+        for name in ("stock", "fxopt")
+        for step, one in enumerate(axis.settings, start=1)
+    ]
+    found[-2] = dataclasses.replace(found[-2], token_ms=None, trouble="out of memory")
+    text = grown(results(*found), [axis])
+    _, header, _, line = _table(text)
+    assert header.split() == ["contender", "256", "1,024", "4,096", "last/first"]
+    assert line.split() == ["stock", "1.5", "3.0", "4.5", "3.00x"]
+    fast = next(one for one in text.splitlines() if one.startswith("fxopt "))
+    assert fast.split() == ["fxopt", "1.5", "4.5", "3.00x"]
+    assert "fxopt, batch 1, prompt 64, 16 new tokens, max_len 1024: out of memory" in text
+
+
+def test_a_busy_machine_is_said_to_be_busy() -> None:
+    assert "busy" not in str(MACHINE)
+    assert "The machine was busy: 1.9 processes wanted to run" in str(dataclasses.replace(MACHINE, load=1.9))
+
+
+# --- CSV -----------------------------------------------------------------------------------------
+
+
+def test_lines_are_added_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "bench.csv"
+    records.append(path, results(figure(tok_s=73.81239, text_hash="0d6aa042", agreed=8), figure("stock, eager")))
+    records.append(path, results(figure(trouble="out of memory")))
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["contender"] for line in lines] == ["fxopt", "stock, eager", "fxopt"]
+    first = lines[0]
+    assert (first["tok_per_s"], first["hash"], first["same_tokens"]) == ("73.8124", "0d6aa042", "8")
+    assert (first["commit"], first["torch"], first["date"]) == ("abc1234", "2.13.0", "2026-11-21")
+    assert (first["batch"], first["prompt"], first["new_tokens"], first["max_len"]) == ("1", "20", "8", "28")
+    assert lines[2]["trouble"] == "out of memory"
+    assert lines[2]["tok_per_s"] == ""
+
+
+@pytest.mark.parametrize("act", [records.check, lambda path: records.append(path, results(figure()))])
+def test_a_file_of_other_columns_is_left_alone(tmp_path: Path, act: Callable[[Path], None]) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(InvalidRequestError, match="other columns"):
+        act(path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="there is no folder"):
+        records.check(tmp_path / "nothing" / "bench.csv")
+
+
+def test_what_is_wrong() -> None:
+    """Of ours: other tokens where nothing is rounded, and failures; memory and patience may end."""
+    found = [
+        figure(agreed=8),
+        figure("fxopt, whole", agreed=7),
+        figure("fxopt, broken", trouble="it broke"),
+        figure("fxopt, large", trouble="out of memory"),
+        figure("fxopt, late", trouble="not measured"),
+        figure("llama.cpp", agreed=7),
+        figure("openvino", trouble="it broke"),
+    ]
+    assert [one.contender for one in results(*found).wrong] == ["fxopt, whole", "fxopt, broken"]
+    assert [one.contender for one in results(*found, dtype="bfloat16").wrong] == ["fxopt, broken"]
