@@ -7,7 +7,6 @@ of buffers, sees weights that are updated in place, and holds no memory of its o
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
 import threading
@@ -87,9 +86,11 @@ class Lowered:
 
     def _bound(self, tensors: Mapping[str, Tensor], away: Away | None) -> Callable[[], Sequence[Tensor]]:
         if away is None:
-            return functools.partial(self.call, *(tensors[name] for name in self.plan.inputs), *self.weights)
-        here = (None if name in away.names else tensors[name] for name in self.plan.inputs)
-        return functools.partial(self.call, *here, *self.weights, own=away.feed(self.plan))
+            given = [*(tensors[name] for name in self.plan.inputs), *self.weights]
+            return lambda: self.call(*given)
+        here = [None if name in away.names else tensors[name] for name in self.plan.inputs]
+        feed = away.feed(self.plan)
+        return lambda: self.call(*here, *self.weights, own=feed)
 
 
 def lower(
