@@ -359,11 +359,14 @@ def test_a_process_with_less_memory_than_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    space: dict[str, Any] = {"fxopt": fxopt, "model": tiny("llama", layers=4)}
+@pytest.mark.parametrize("streamed_pass", ["offload_weights", "offload_kv"])
+def test_the_page_runs(streamed_pass: str) -> None:
+    (block,) = (found for found in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if streamed_pass in found)
+    prompt = torch.arange(3, 13)[None] % VOCABULARY
+    model = tiny("llama", layers=4)
+    space: dict[str, Any] = {"fxopt": fxopt, "model": model, "inputs": {"input_ids": prompt, "pad_token_id": 0}}
     exec(block, space)
-    assert "offload_weights" in str(space["fast"].fxopt.report)
+    assert streamed_pass in str(space["fast"].fxopt.report)
 
 
 # The report
