@@ -7,6 +7,7 @@ import csv
 import gc
 import io
 import os
+import signal
 import weakref
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,20 @@ def test_ctrl_c_shows_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFi
         ("b", "2", "1"),
     ]
     assert all(float(line["tok_per_s"]) > 0 for line in lines)
+
+
+def test_a_time_limit_is_as_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    def act(prompt: Tensor) -> None:
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 0.2)  # until it has arrived
+
+    assert run(job(Fake(STOCK, calls, act))) == INTERRUPTED
+    assert "interrupted; this is what was measured until then" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_ctrl_c_before_anything_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

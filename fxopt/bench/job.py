@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +49,8 @@ def run(job: Job) -> int:
     measuring = Measuring(job.source, job.lineup, job.effort, Progress(), job.traces)
     ended = ""
     try:
-        measuring.run(job.settings)
+        with _ending_as_ctrl_c():
+            measuring.run(job.settings)
     except KeyboardInterrupt:
         ended = "interrupted"
     except FxoptError as error:
@@ -63,6 +67,19 @@ def run(job: Job) -> int:
         said = one.trouble or f"its tokens are those of the stock model for the first {one.agreed} alone"
         print(f"fxopt: {one.contender}, {one.setting}: {said}", file=sys.stderr)
     return WRONG if results.wrong else 0
+
+
+@contextlib.contextmanager
+def _ending_as_ctrl_c() -> Iterator[None]:
+    """A time limit ends a process by SIGTERM; an hour of measurements should not be lost with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal arrives
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check(job: Job) -> None:
