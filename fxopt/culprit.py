@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fxopt.admission import Selection, admit, select
 from fxopt.api import build
 from fxopt.errors import InvalidRequestError, first_line
-from fxopt.lower import Backend
+from fxopt.lower import Backend, Compile
 from fxopt.only import Only
 from fxopt.program import Program
 from fxopt.progress import Progress
@@ -64,13 +64,15 @@ def bisect(
     passes: Selection = None,
     backend: Backend = "eager",
     chunk: int = 256,
+    compile: Compile = "auto",
 ) -> Culprit:
     """Find the passes, and their places, with which ``check(fast)`` is false or raises.
 
     Nothing is verified meanwhile, so that the check is the only judge. Passes for compiled code
-    (``fxopt passes`` marks them "decode" or "code") only act with ``backend="inductor"``.
+    (``fxopt passes`` marks them "decode" or "code") only act with ``backend="inductor"``; those that stream
+    layers ask for ``compile="layer"``.
     """
-    request = Request(max_len, backend=backend, verify="off", chunk=chunk)
+    request = Request(max_len, backend=backend, verify="off", chunk=chunk, compile=compile)
     admit(model, request)
     selected = select(passes)
     said = _fails(check, model)
@@ -93,7 +95,7 @@ def bisect(
         if named:
             sites[rewriter.name] = named
     trials.fail(found)  # so that what the check said is said of these
-    reproduction = Reproduction(model, tuple(trials.required + found), max_len, backend, chunk, check)
+    reproduction = Reproduction(model, tuple(trials.required + found), request, check)
     return Culprit(tuple(found), sites, trials.count, trials.complaint, reproduction)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fxopt.only import Only
+from fxopt.request import Request
 from fxopt.rewrite import Pass
 from fxopt.token_check import SameTokens
 
@@ -29,9 +30,7 @@ class Reproduction:
 
     model: PreTrainedModel
     passes: tuple[Pass[Any], ...]
-    max_len: int
-    backend: str
-    chunk: int
+    request: Request
     check: Callable[[Any], bool]
 
     def script(self) -> str:
@@ -46,15 +45,15 @@ class Reproduction:
                 "import fxopt",
                 *sorted(imports),
                 "",
-                f"MAX_LEN = {self.max_len}",
+                f"MAX_LEN = {self.request.max_len}",
                 *(f"\n{source}" for source in sources),
                 *_model_lines(self.model),
                 "",
                 _check_source(self.check),
                 "",
                 f"passes = [\n{passes}]",
-                f"fast = fxopt.optimize(model, MAX_LEN, passes=passes, backend={self.backend!r}, "
-                f'verify="off", chunk={self.chunk})',
+                f"fast = fxopt.optimize(model, MAX_LEN, passes=passes, backend={self.request.backend!r}, "
+                f'verify="off", chunk={self.request.chunk}, compile={self.request.compile!r})',
                 "print(fast.fxopt.report)",
                 "good = check(fast)",
                 'print("the check is", "good" if good else "bad")',

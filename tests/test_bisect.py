@@ -18,6 +18,8 @@ import fxopt
 from fxopt.culprit import NothingToFindError
 from fxopt.families import tiny
 from fxopt.passes.fuse_qkv import FuseQKV
+from fxopt.passes.offload_kv import OffloadKV
+from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.program import Program
 from fxopt.rewrite import Pass
 from fxopt.smallest import smallest
@@ -91,6 +93,21 @@ def test_one_place_of_one_pass(stock: Any, tmp_path: Path) -> None:
     # The place is the place: without it the check passes.
     others = fxopt.Only(Louder(), tuple(set(range(2 * LAYERS + 1)) - {5}))
     assert same_tokens(stock)(fxopt.optimize(stock, MAX_LEN, passes=[others], backend="eager", verify="off"))
+
+
+@pytest.mark.slow
+def test_among_passes_that_stream(stock: Any, tmp_path: Path) -> None:
+    streaming = [kind(resident=0.5, folder=str(tmp_path)) for kind in (OffloadKV, OffloadWeights)]
+    culprit = fxopt.bisect(
+        stock,
+        same_tokens(stock),
+        MAX_LEN,
+        passes=[fxopt.Only(Louder(), (5,)), *streaming],
+        backend="aot_eager",
+        compile="layer",
+    )
+    assert [p.name for p in culprit.passes] == ["louder"]
+    assert "backend='aot_eager', verify=\"off\", chunk=256, compile='layer'" in culprit.reproduction.script()
 
 
 def test_the_script_shows_the_fault(stock: Any, tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = loaded(arguments, arguments.model)
     check = SameTokens.of(model, texts, tokenizer, arguments.max_new_tokens, arguments.batch_size)
     try:
-        culprit = bisect(model, check, arguments.max_len, passes=passes, backend=arguments.backend)
+        culprit = bisect(
+            model, check, arguments.max_len, passes=passes, backend=arguments.backend, compile=arguments.compile
+        )
     except NothingToFindError as error:
         print(error)
         return 0

@@ -57,13 +57,13 @@ def add_running(parser: argparse.ArgumentParser, *, backend: str = "inductor") -
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", choices=BACKENDS, default=backend)
+    parser.add_argument("--compile", choices=COMPILES, default="auto", help="the graph as one, or one of its layers")
     add_passes(parser)
 
 
 def add_optimising(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="an incomplete or wrong pass is an error")
     parser.add_argument("--verify", choices=VERIFICATIONS, default="final", help="when to compare with the stock model")
-    parser.add_argument("--compile", choices=COMPILES, default="auto", help="the graph as one, or one of its layers")
     parser.add_argument("--save", metavar="FOLDER", help="keep the optimised model, for --load")
     parser.add_argument("--load", metavar="FOLDER", help="take what --save has kept, with the same flags")
     parser.add_argument("--save-report", metavar="FILE", help="write the report as .html, .json or .txt")
