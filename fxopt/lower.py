@@ -148,10 +148,22 @@ def _bytes(program: Program, regions: Sequence[Region], plan: Plan, shapes: Shap
     return {number: numbers.layout(node.meta["val"]).nbytes for number, node in both}
 
 
+#: A piece is handed the tensors that it was compiled for, by the engine alone: looking at the sizes of each again would
+#: be a fiftieth of a decode step. A product that is added at once is rounded once, as in a library's matmul.
+INDUCTOR = {
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
 @contextlib.contextmanager
 def compiling(program: Program) -> Iterator[None]:
     """Compile pieces of this program: one thread at a time."""
-    with _lock, tracing(TracingContext(program.fake_mode)), torch.no_grad():
+    from torch._inductor import config
+
+    known = {name: value for name, value in INDUCTOR.items() if name in config.get_config_copy()}
+    with _lock, tracing(TracingContext(program.fake_mode)), torch.no_grad(), config.patch(known):
         yield
 
 
