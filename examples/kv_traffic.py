@@ -31,11 +31,11 @@ def ours(fast: Any, filled: int) -> tuple[float, float]:
     cache.pretend(filled)
     fast(tokens, past_key_values=cache)
     cache.away.ring.settle()
-    before = engine.streams.tally.counters
+    before = engine.row_streams.tally.counters
     for _ in range(STEPS):
         fast(tokens, past_key_values=cache)
     cache.away.ring.settle()
-    after = engine.streams.tally.counters
+    after = engine.row_streams.tally.counters
     return (after.nbytes - before.nbytes) / STEPS, (after.stored - before.stored) / STEPS
 
 

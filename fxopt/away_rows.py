@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fxopt.chain import Plan
 from fxopt.file_weights import raw
-from fxopt.offload.ring import Leave, Ring, Tally
+from fxopt.offload.ring import Ring
 from fxopt.offload.rows import Block, RowStore, Strips
+from fxopt.offload.tally import Tally
+from fxopt.offload.work import Leave
 from fxopt.program import Buffer
 from fxopt.streamed_chain import RingFeed
 

@@ -27,7 +27,7 @@ from fxopt.call import depth_of, read_call
 from fxopt.decode_loop import decode, obstacle
 from fxopt.engine import Engine
 from fxopt.errors import ArtifactError, InvalidRequestError
-from fxopt.offload.ring import Counters
+from fxopt.offload.tally import Counters
 from fxopt.program import Program
 from fxopt.report import Report
 from fxopt.stream_options import StreamingPass
@@ -59,11 +59,11 @@ class Handle:
     @property
     def report(self) -> Report:
         """What was rewritten and why; where layers are streamed, also what that has cost so far."""
-        ring, rows = self.engine.ring, self.engine.streams
-        if ring is not None and self._report.streams is not None:
-            self._report.streams.measured = ring.tally.kinds
-        if rows is not None and self._report.cache is not None:
-            self._report.cache.measured = rows.tally.kinds
+        ring, rows = self.engine.weight_ring, self.engine.row_streams
+        if ring is not None and self._report.streamed_weights is not None:
+            self._report.streamed_weights.measured = ring.tally.kinds
+        if rows is not None and self._report.streamed_cache is not None:
+            self._report.streamed_cache.measured = rows.tally.kinds
         return self._report
 
     @property
@@ -96,7 +96,7 @@ class Handle:
     @property
     def stats(self) -> Counter[str]:
         """How many steps ran on which graph, and how many on the eager model and why."""
-        ring, rows = self.engine.ring, self.engine.streams
+        ring, rows = self.engine.weight_ring, self.engine.row_streams
         if ring is not None:
             self._take_note(_counted(ring.tally.counters, "weight", "layers"))
         if rows is not None:
@@ -235,7 +235,7 @@ class FastModel:
         return config
 
     def _served_caches(self) -> tuple[str | None, ...]:
-        return _OURS if self.fxopt.engine.streams is None else (*_OURS, *_OURS_AWAY)
+        return _OURS if self.fxopt.engine.row_streams is None else (*_OURS, *_OURS_AWAY)
 
     def _prepare_cache_for_generation(
         self,

@@ -134,10 +134,10 @@ def _closing(report: ReportData) -> Iterator[str]:
         lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     for line in lines:
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="    ")
-    if report.streams is not None:
-        yield from _streams(report.streams, _weights(report.streams))
-    if report.cache is not None:
-        yield from _streams(report.cache, _cache(report.cache))
+    if report.streamed_weights is not None:
+        yield from _streams(report.streamed_weights, _weights(report.streamed_weights))
+    if report.streamed_cache is not None:
+        yield from _streams(report.streamed_cache, _cache(report.streamed_cache))
 
 
 def _arena(graphs: Sequence[ArenaUse]) -> str:

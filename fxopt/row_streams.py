@@ -7,8 +7,8 @@ import torch
 from fxopt.away_rows import AwayRows, block_of
 from fxopt.errors import InvalidRequestError
 from fxopt.offload.placement import Placement, place
-from fxopt.offload.ring import Tally
 from fxopt.offload.rows import RowStore
+from fxopt.offload.tally import Tally
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.program import Buffer, Facts
 

@@ -53,7 +53,7 @@ def _no_layers(rewriter: StreamingPass) -> RewriteError:
     )
 
 
-def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> Streaming | None:
+def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> WeightStreams | None:
     """Move weights as the pass asks; None if everything fits into the budget. An error leaves the model as it was."""
     rewriter = next(one for one in passes if isinstance(one, OffloadWeights))
     layers = layer_weights(program, model)
@@ -68,10 +68,10 @@ def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> St
     weights = MovedWeights([layers[layer] for layer in placed.offloaded], rewriter.store, rewriter.parent)
     if rewriter.store == "disk":
         keep_in_memory(model, but={id(named.tensor) for named in weights.parameters()})
-    return Streaming(weights, placed, rewriter.store)
+    return WeightStreams(weights, placed, rewriter.store)
 
 
-class Streaming:
+class WeightStreams:
     """The streamed layers of one model: a ring, and where in a slot each weight is."""
 
     def __init__(self, weights: MovedWeights, placed: Placement, kind: str) -> None:

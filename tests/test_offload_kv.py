@@ -66,7 +66,7 @@ def test_tokens_and_bytes(family: str, dtype: torch.dtype, tmp_path: Path) -> No
     model: Any = tiny(family, dtype, layers=LAYERS)
     stock = {batch: tokens(model, batch) for batch in (1, 3)}
     fast = away(model, tmp_path)
-    assert fast.fxopt.report.cache.placement.offloaded == AWAY
+    assert fast.fxopt.report.streamed_cache.placement.offloaded == AWAY
     for store, depth in product(("disk", "cpu"), (1, 2, 3, 4)):
         ask_anew(fast, store=store, depth=depth, resident=0.25, folder=str(tmp_path))
         for batch in (1, 3, 1):
@@ -86,14 +86,14 @@ def test_tokens_and_bytes(family: str, dtype: torch.dtype, tmp_path: Path) -> No
 def ask_anew(fast: Any, **offload: Any) -> None:
     """Other caches for the same compiled code: which of their layers are away is decided when they are made."""
     engine = fast.fxopt.engine
-    engine.streams = RowStreams(OffloadKV(**offload), engine.facts)
-    engine.pool = BufferPool(engine.facts, streams=engine.streams)
+    engine.row_streams = RowStreams(OffloadKV(**offload), engine.facts)
+    engine.pool = BufferPool(engine.facts, row_streams=engine.row_streams)
 
 
 def moved(fast: Any, cache: Any) -> tuple[int, int]:
     """The bytes that the store has read and written, when it has done what it was asked to."""
     cache.away.ring.settle()
-    counted = fast.fxopt.engine.streams.tally.counters
+    counted = fast.fxopt.engine.row_streams.tally.counters
     return counted.nbytes, counted.stored
 
 
@@ -235,7 +235,7 @@ def test_memory_of_slots_counts_as_memory_of_caches(tmp_path: Path) -> None:
     buffers = fast(PROMPT).past_key_values.buffers
     tensors = [*buffers.tensors.values(), buffers.mask, *buffers.away.slots]
     assert fast.fxopt.kv_bytes == buffers.nbytes == sum(tensor.nbytes for tensor in tensors)
-    assert fast.fxopt.kv_bytes == fast.fxopt.report.cache.placement.device_bytes
+    assert fast.fxopt.kv_bytes == fast.fxopt.report.streamed_cache.placement.device_bytes
     fast.fxopt.engine.pool._most_bytes = 100
     with pytest.raises(CacheMemoryError, match="max_cache_bytes=100 allows less"):
         fast.generate(PROMPT.repeat(3, 1), max_new_tokens=2)
@@ -291,7 +291,7 @@ def test_a_cache_may_go_while_the_counters_are_held(tmp_path: Path) -> None:
     """The collector calls what gives buffers back, in whatever thread and at whatever time."""
     fast = away(tiny("llama", layers=LAYERS), tmp_path)
     cache = fast(PROMPT).past_key_values
-    with fast.fxopt.engine.streams.tally._lock:
+    with fast.fxopt.engine.row_streams.tally._lock:
         del cache
         gc.collect()
     assert torch.equal(tokens(fast), tokens(tiny("llama", layers=LAYERS)))
@@ -466,9 +466,9 @@ def test_the_report_says_who_waits_for_what(fast: Any) -> None:
     assert "cache: 4 of 6 layers are streamed from disk" in text
     assert "layer 1: resident" in text
     assert "layer 0: wait for its rows, run, store the new ones, read layer 3 into the slot" in text
-    assert report.cache.measured["decode"].count == NEW - 1
-    assert report.cache.predicted.moved == len(AWAY) * report.cache.context * row_bytes(fast)
-    assert report.to_dict()["cache"]["placement"]["offloaded"] == AWAY
+    assert report.streamed_cache.measured["decode"].count == NEW - 1
+    assert report.streamed_cache.predicted.moved == len(AWAY) * report.streamed_cache.context * row_bytes(fast)
+    assert report.to_dict()["streamed_cache"]["placement"]["offloaded"] == AWAY
     report.to_json()
     page = as_page(report)
     assert '<figure data-stage="offload_kv"><svg' in page

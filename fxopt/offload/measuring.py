@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 
 from fxopt.offload.prediction import Rates
-from fxopt.offload.ring import Counters
 from fxopt.offload.store import Store
+from fxopt.offload.tally import Counters
 
 READS = 3
 

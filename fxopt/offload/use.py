@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fxopt.offload.placement import Placement
 from fxopt.offload.prediction import Prediction
-from fxopt.offload.ring import Steps
+from fxopt.offload.tally import Steps
 
 
 @dataclass(kw_only=True)
