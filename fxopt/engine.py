@@ -219,7 +219,9 @@ class Decoding:
             return graph.bound(tensors | turn, cache.away)
 
         key = (cache.batch, self._window_end)
-        self._run = engine.replays.of(key, cache.buffers.turn.bound, bind)
+        # A ring copies other bytes in every step, and decides when; a recording would repeat those of one.
+        record = engine.weight_ring is None and cache.away is None
+        self._run = engine.replays.of(key, cache.buffers.turn.bound, bind, record=record)
 
 
 def _any_from_two(batch: int) -> int | None:

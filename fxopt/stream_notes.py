@@ -38,7 +38,11 @@ def note_rows(rows: RowStreams, engine: Engine, context: int) -> CacheUse:
     """What a step that streams the cache of one sequence should take, with up to ``context`` rows filled."""
     placed, context = rows.placed(1), _affordable(engine, context)
     use = CacheUse(
-        placement=placed, store=rows.kind, context=context, row_bytes=sum(map(rows.row_bytes, placed.offloaded))
+        placement=placed,
+        store=rows.kind,
+        device=str(engine.facts.device),
+        context=context,
+        row_bytes=sum(map(rows.row_bytes, placed.offloaded)),
     )
     if not placed.offloaded:
         return use
@@ -68,12 +72,13 @@ def _timed(engine: Engine, cache: BufferCache, ring: Ring, context: int) -> tupl
     before = ring.tally.counters
     for turn in range(2 * STEPS):
         if turn == STEPS:
+            ring.settle()
             before = ring.tally.counters
         cache.rewind(context)
         cache.record_mask(None, 1)
         engine.decoding(cache, tokens)(tokens)
-    after = ring.tally.counters
     ring.settle()
+    after = ring.tally.counters
     engine.stats.clear()  # these steps are nobody's
     engine.stats.update(counted)
     return before, after

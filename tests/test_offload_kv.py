@@ -25,8 +25,7 @@ from fxopt import ArtifactError, InvalidRequestError, RewriteError
 from fxopt.cache import BufferPool
 from fxopt.errors import CacheMemoryError
 from fxopt.families import tiny
-from fxopt.offload import StoreError
-from fxopt.offload import rows as rows_file
+from fxopt.offload import StoreError, row_file
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.report_page import as_page
 from fxopt.row_streams import RowStreams
@@ -309,14 +308,14 @@ def test_idle_files_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fast = away(model, tmp_path)
     idle = fast(PROMPT).past_key_values.buffers
     gc.collect()
-    reserve = rows_file.reserve
+    reserve = row_file.reserve
 
     def with_room_when_it_is_gone(fd: int, nbytes: int) -> None:
         if idle.is_usable:
             raise OSError(28, "No space left on device")
         reserve(fd, nbytes)
 
-    monkeypatch.setattr(rows_file, "reserve", with_room_when_it_is_gone)
+    monkeypatch.setattr(row_file, "reserve", with_room_when_it_is_gone)
     assert torch.equal(tokens(fast, 2), tokens(model, 2))
 
 
@@ -339,7 +338,7 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     model: Any = tiny("llama", layers=LAYERS)
     addresses = [p.data_ptr() for p in model.parameters()]
-    monkeypatch.setattr(rows_file, "reserve", full)
+    monkeypatch.setattr(row_file, "reserve", full)
     for verify in ("off", "final"):
         with pytest.raises(StoreError, match=r"there is no room in .* for a cache of .*No space left.*max_len"):
             away(model, tmp_path, verify=verify, more={"offload_weights": {"folder": str(tmp_path)}})
@@ -347,7 +346,7 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
     fast = away(model, tmp_path)
     held = fast(PROMPT).past_key_values
-    monkeypatch.setattr(rows_file, "reserve", full)
+    monkeypatch.setattr(row_file, "reserve", full)
     with pytest.raises(StoreError, match="there is no room"):
         tokens(fast)
     monkeypatch.undo()

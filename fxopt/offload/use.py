@@ -18,6 +18,7 @@ class StreamUse:
 
     placement: Placement
     store: str  # "cpu" or "disk"
+    device: str = "cpu"  # that the slots lie on
     context: int  # rows of the cache that were filled when a step was timed
     bandwidth: float = 0.0  # bytes per second, measured
     predicted: Prediction | None = None
