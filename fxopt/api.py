@@ -101,6 +101,8 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     row_streams = streamed_rows(pipeline.kept, pipeline.program, batch)
     weight_streams = None
     if any(isinstance(one, OffloadWeights) for one in pipeline.kept):
+        if judge is not None:
+            judge.ask(_engine_batches(request.limits), pipeline.program.facts)
         with progress.step("move weights"):
             weight_streams = moved(pipeline.kept, pipeline.program, model)
     with progress.step("pack weights"):
@@ -213,10 +215,15 @@ def _verified(
     )
 
 
+def _engine_batches(limits: Limits) -> list[int]:
+    """The batches with which compiled code is judged."""
+    return sorted({1, limits.max_batch or 1}, reverse=True)
+
+
 def _judged(judge: Judge, engine: Engine) -> tuple[list[Check], str | None]:
     """A check for every batch that has compiled graphs of its own, up to the first that fails."""
     checks = []
-    for batch in sorted({1, engine.limits.max_batch or 1}, reverse=True):
+    for batch in _engine_batches(engine.limits):
         check, complaint = judged_safely(functools.partial(judge.engine, batch=batch), engine)
         checks.append(check)
         if complaint is not None:

@@ -167,6 +167,7 @@ class FastModel:
         call = read_call(self, args, kwargs)
         if isinstance(call, str):
             engine.count(f"eager: {call}")
+            _check_whole(self, engine, call)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         batch, tokens = call.input_ids.shape
         _check_batch(engine, batch)
@@ -277,6 +278,17 @@ def _counted(found: Counters, what: str, layers: str) -> Counter[str]:
 def _kept(keep: int | Tensor, tokens: int) -> int:
     """For how many tokens, counted from the last, logits are needed; 0 asks for all."""
     return keep if isinstance(keep, int) and 0 < keep < tokens else tokens
+
+
+def _check_whole(model: Any, engine: Engine, call: str) -> None:
+    """Raise a sentence if the model's own code cannot run: streamed weights of a device lie on the host."""
+    if engine.weight_ring is None or all(one.device == engine.facts.device for one in model.parameters()):
+        return
+    raise InvalidRequestError(
+        f"this call needs the model's own code ({call}), which cannot run: with offload_weights on "
+        f"{engine.facts.device} the weights of streamed layers are on the host. Call what the graphs serve, or load "
+        "the model a second time for such calls"
+    )
 
 
 def _check_batch(engine: Engine, batch: int) -> None:

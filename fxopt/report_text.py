@@ -183,6 +183,12 @@ def _streams(use: StreamUse, headline: str) -> Iterator[str]:
             f"{_ms(found.step)}, {_ms(found.exposed)} of it waiting, {_ms(found.hidden)} of copying hidden"
         )
         yield from textwrap.wrap(sentence, WIDTH, initial_indent="    ", subsequent_indent="        ")
+    if use.device != "cpu":
+        sentence = (
+            f"on {use.device} decode steps are launched piece by piece, not recorded as a CUDA graph: a ring decides "
+            "in every step anew what is copied where"
+        )
+        yield from textwrap.wrap(sentence, WIDTH, initial_indent="    ", subsequent_indent="        ")
     for kind, steps in use.measured.items():
         each = _ms(steps.seconds / steps.count), _ms(steps.exposed / steps.count)
         yield f"    {kind}, measured over {steps.count} steps: {each[0]}, {each[1]} of it waiting"

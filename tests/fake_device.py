@@ -59,10 +59,10 @@ class FakeLanes:
     # What DeviceLanes asks for
 
     def computed(self) -> Mark:
-        return self._put(COMPUTE, Mark(COMPUTE))
+        return self._marked(COMPUTE)
 
     def copied(self) -> Mark:
-        return self._put(COPIES, Mark(COPIES))
+        return self._marked(COPIES)
 
     def compute_after(self, mark: Mark) -> None:
         if self.deaf != "compute_after":
@@ -116,11 +116,16 @@ class FakeLanes:
     def finish(self) -> None:
         """Wait for everything that was to be computed."""
         with self._lock:
-            self._until(self._put(COMPUTE, Mark(COMPUTE)))
+            self._until(self._marked(COMPUTE))
 
     # How it goes on
 
-    def _put(self, lane: int, what: Any) -> Any:
+    def _marked(self, lane: int) -> Mark:
+        mark = Mark(lane)
+        self._put(lane, mark)
+        return mark
+
+    def _put(self, lane: int, what: Any) -> None:
         with self._lock:
             self._queues[lane].append(what)
             if self.order in ("copies early", "copies late"):
@@ -129,7 +134,6 @@ class FakeLanes:
             elif self.order == "in turns":
                 for _ in range(self._random.randrange(4)):
                     self._advance(self._random.randrange(2))
-        return what
 
     def _advance(self, lane: int) -> bool:
         queue = self._queues[lane]
@@ -169,7 +173,7 @@ class Later:
 class LaterChain(StreamedChain):
     """Pieces are put into the lane that computes; whoever calls it waits for its results."""
 
-    lanes: FakeLanes
+    device: Device
 
     def __init__(self, plan: Any, pieces: Sequence[Any], *more: Any) -> None:
         outputs = {step.piece: len(step.writes) for step in plan.steps}
@@ -184,22 +188,30 @@ class LaterChain(StreamedChain):
                 for each, value in zip(made, found, strict=True):
                     each.value = value
 
-            self.lanes.compute(run)
+            self.device.lanes.compute(run)
             return made
 
         return call
 
     def __call__(self, *given: Any, own: Any = None) -> list[Any]:
         results: list[Any] = super().__call__(*given, own=own)
-        self.lanes.finish()
+        self.device.lanes.finish()
         return [one.value if isinstance(one, Later) else one for one in results]
 
 
+@dataclass
+class Device:
+    """The lanes that rings are made with from now on, and that pieces compute in."""
+
+    lanes: FakeLanes
+
+
 @contextmanager
-def fake_device(lanes: FakeLanes) -> Iterator[FakeLanes]:
+def fake_device(lanes: FakeLanes) -> Iterator[Device]:
     """Whatever is optimised within is streamed to this device."""
+    device = Device(lanes)
     with pytest.MonkeyPatch.context() as patch:
         for place in ("fxopt.streaming.lanes_of", "fxopt.row_streams.lanes_of"):
-            patch.setattr(place, lambda device: lanes)
-        patch.setattr("fxopt.compiler.StreamedChain", type("LaterChain", (LaterChain,), {"lanes": lanes}))
-        yield lanes
+            patch.setattr(place, lambda _: device.lanes)
+        patch.setattr("fxopt.compiler.StreamedChain", type("LaterChain", (LaterChain,), {"device": device}))
+        yield device

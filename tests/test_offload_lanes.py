@@ -115,7 +115,7 @@ def test_waits_are_counted_by_the_device() -> None:
     store = Blocks(lanes, 4)
     memory = [lanes.room(SIZE) for _ in range(4)]
     ring = Ring(store, range(4), memory, lanes=lanes, at_once=True)
-    lanes.seconds = lambda start, end: 0.5 if end.is_past else None  # type: ignore[method-assign, assignment]
+    lanes.seconds = lambda start, end: 0.5 if end.is_past else None  # type: ignore[method-assign]
     run(ring, memory, lanes, store, 4)
     ring.settle()
     counted = ring.tally.counters
