@@ -186,7 +186,7 @@ def test_memory_that_cannot_be_pinned_for_a_cache(away: Any) -> None:
 def test_tokens_and_bytes_of_weights(family: str, store: str, depth: int, tmp_path: Path) -> None:
     model: Any = tiny(family, torch.bfloat16 if family == "mixtral" else torch.float32, layers=LAYERS)
     stock = {batch: tokens(model, batch) for batch in (1, 2)}
-    offload = {"resident": 0.2, "store": store, "depth": depth, "folder": str(tmp_path)}
+    offload = {"resident": 0.0, "store": store, "depth": depth, "folder": str(tmp_path)}
     with fake_device(FakeLanes()) as device:
         fast = optimised(model, passes={"offload_weights": offload})
         ring, use = fast.fxopt.engine.weight_ring, fast.fxopt.report.streamed_weights
@@ -206,7 +206,8 @@ def test_tokens_and_bytes_of_weights(family: str, store: str, depth: int, tmp_pa
         assert ring.tally.counters.nbytes - before == 3 * use.placement.moved
         with torch.no_grad():
             for layer in model.model.layers:
-                layer.self_attn.q_proj.weight.mul_(-1.5)
+                for parameter in layer.parameters():
+                    parameter.mul_(-1.5)
         changed = tokens(model)
         assert not torch.equal(changed, stock[1])
         assert torch.equal(tokens(fast), changed)
