@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from fxopt.offload.amounts import told
 from fxopt.offload.errors import StoreError
 
 Event = torch.cuda.Event
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 class CudaLanes:
@@ -62,8 +64,10 @@ class CudaLanes:
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
         """PyTorch's own pinned memory comes in powers of two: up to twice as much as is asked for."""
-        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE))
         if code:
+            with contextlib.suppress(RuntimeError):  # the next launch would report it again, and then forget it
+                torch.zeros(1, device=self._device)
             raise StoreError(
                 f"{told(memory.nbytes)} of memory cannot be pinned for {self._device} (CUDA error {code}), so copies "
                 'could not go on by themselves. Stream fewer layers, raise the limit (ulimit -l), or use store="disk"'
