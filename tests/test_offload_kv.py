@@ -23,6 +23,7 @@ from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Side, lively, play, sl
 import fxopt
 from fxopt import ArtifactError, InvalidRequestError, RewriteError
 from fxopt.cache import BufferPool
+from fxopt.demo_model import is_demo_installed, load_model
 from fxopt.errors import CacheMemoryError
 from fxopt.families import tiny
 from fxopt.offload import StoreError, row_file
@@ -486,3 +487,21 @@ def test_the_diff_shows_waits_stores_and_reads(fast: Any) -> None:
     changed = [line for line in report.diff("offload_kv").splitlines() if line.startswith(("+", "-"))]
     assert changed[:3] == [f"+ {line}" for line in made[:3]]
     assert not [line for line in changed if line.startswith("-")]
+
+
+# A real model
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_demo_installed(), reason="the extra demo is not installed")
+@pytest.mark.parametrize("what", [("offload_weights",), ("offload_kv",), ("offload_weights", "offload_kv")])
+def test_tokens_of_smollm2(what: tuple[str, ...], tmp_path: Path) -> None:
+    model, tokenizer = load_model("demo", torch.float32)
+    prompt = tokenizer("The oldest rivers are those that", return_tensors="pt").input_ids
+    want = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    offload = {"resident": 0.5, "folder": str(tmp_path)}
+    ways: Any = {"backend": "aot_eager", "compile": "layer", "verify": "off", "chunk": 32}
+    fast = fxopt.optimize(model, 64, **ways, passes={name: offload for name in what})
+    assert torch.equal(fast.generate(prompt, max_new_tokens=12, do_sample=False), want)
+    read = {"offload_weights": "weight bytes read", "offload_kv": "cache bytes read"}
+    assert all(fast.fxopt.stats[read[name]] for name in what)
