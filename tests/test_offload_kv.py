@@ -261,7 +261,7 @@ def test_files_go_with_their_caches(tmp_path: Path) -> None:
     cache = fast(PROMPT).past_key_values
     assert list(tmp_path.iterdir()) == []  # the file has no name, so nothing is left of a process that is killed
     store = cache.away.store
-    assert os.fstat(store._file.fileno()).st_mode & 0o777 == 0o600
+    assert os.fstat(store._file.fd).st_mode & 0o777 == 0o600
     ring = cache.away.ring
     del cache
     gc.collect()
@@ -272,7 +272,7 @@ def test_files_go_with_their_caches(tmp_path: Path) -> None:
     gc.collect()
     reader.join(30)
     assert not reader.is_alive()
-    assert store._file.closed
+    assert store._file.is_closed
 
 
 def test_a_cache_that_cannot_be_split_is_as_it_was(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_rows_that_cannot_be_written_are_an_error_until_a_new_cache(fast: Any, m
 def test_a_file_that_is_cut_short(fast: Any) -> None:
     cache = fast(PROMPT).past_key_values
     cache.away.ring.settle()
-    os.truncate(cache.away.store._fd, 1000)
+    os.truncate(cache.away.store._file.fd, 1000)
     with pytest.raises(StoreError, match=r"the file with the cache ends at byte .* a new cache"):
         several(3, fast, cache)
 

@@ -26,13 +26,13 @@ class RowFile:
 
     def read(self, target: memoryview, at: int) -> None:
         self.check()
-        read_whole(self._fd, target, at, name="the file with the cache", advice=LOST)
+        read_whole(self.fd, target, at, name="the file with the cache", advice=LOST)
 
     def write(self, source: memoryview, at: int) -> None:
         done = 0
         try:
             while done < len(source):
-                done += os.pwrite(self._fd, source[done:], at + done)
+                done += os.pwrite(self.fd, source[done:], at + done)
         except OSError as error:
             self.lost = f"rows of the cache could not be written ({error.strerror}); {LOST}"
 
@@ -48,16 +48,20 @@ class RowFile:
 
     def flush(self) -> None:
         """Have everything on the disk, so that memory can forget it."""
-        os.fdatasync(self._fd)
+        os.fdatasync(self.fd)
 
     def forget(self, at: int, nbytes: int) -> None:
-        forget(self._fd, at, nbytes)
+        forget(self.fd, at, nbytes)
 
     def close(self) -> None:
         self._file.close()
 
     @property
-    def _fd(self) -> int:
+    def is_closed(self) -> bool:
+        return self._file.closed
+
+    @property
+    def fd(self) -> int:
         return self._file.fileno()
 
 
