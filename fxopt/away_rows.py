@@ -50,7 +50,7 @@ class AwayRows:
             for number, buffer in enumerate(buffers)
         }
         largest = max(block.nbytes for block in store.blocks)
-        self._rests = (lanes is not None and stage_bytes(store.blocks)) or 0
+        self._rests = stage_bytes(store.blocks) if lanes is not None else 0  # bytes where rows are sorted
         if lanes is not None:
             self.slots = [lanes.room(largest) for _ in range(slots)]
         else:

@@ -18,8 +18,8 @@ SIZE = 64
 class Blocks:
     """Layer n is n + 1 in every byte, in memory of the host."""
 
-    def __init__(self, lanes: FakeLanes, layers: int) -> None:
-        self._lanes = lanes
+    def __init__(self, lanes: FakeLanes, layers: int, *, keeps: bool = True) -> None:
+        self._lanes, self.keeps = lanes, keeps
         self._blocks = [torch.full((SIZE,), layer + 1, dtype=torch.uint8) for layer in range(layers)]
         for block in self._blocks:
             lanes.pin(block)
@@ -45,6 +45,8 @@ def run(ring: Ring, slots: Sequence[Tensor], lanes: FakeLanes, store: Blocks, la
     """One step that is only put into the lane: what every layer found in its slot, and left there with 100 added."""
     seen: list[int] = []
 
+    leave = store.keep if store.keeps else None
+
     def layer_of(slot: Tensor) -> None:
         seen.append(int(slot[0]) if bool((slot == slot[0]).all()) else -1)
         slot += 100
@@ -55,13 +57,13 @@ def run(ring: Ring, slots: Sequence[Tensor], lanes: FakeLanes, store: Blocks, la
             lanes.compute(lambda slot=slot: layer_of(slot))  # type: ignore[misc]
             if layer == stop:
                 raise KeyboardInterrupt
-            ring.free(store.keep)
+            ring.free(leave)
     return seen
 
 
-def several(lanes: FakeLanes, layers: int, slots: int, *, at_once: bool, stop: int = -1) -> bool:
+def several(lanes: FakeLanes, layers: int, slots: int, *, at_once: bool, stop: int = -1, keeps: bool = True) -> bool:
     """A few steps that nobody waits for, one of them cut short; whether all layers saw and left their own bytes."""
-    store = Blocks(lanes, layers)
+    store = Blocks(lanes, layers, keeps=keeps)
     memory = [lanes.room(SIZE) for _ in range(slots)]
     ring = Ring(store, range(layers), memory, lanes=lanes, at_once=at_once)
     seen = []
@@ -78,7 +80,8 @@ def several(lanes: FakeLanes, layers: int, slots: int, *, at_once: bool, stop: i
     expected = [layer + 100 for layer in own] * 2 + [layer + 100 for layer in own[: max(0, stop)]]
     counted = ring.tally.counters
     assert (counted.steps, counted.stored) == (4, SIZE * len(left))
-    return seen == [own] * 4 and left == expected + [layer + 100 for layer in own] * 2
+    expected += [layer + 100 for layer in own] * 2
+    return seen == [own] * 4 and left == (expected if keeps else [])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -87,7 +90,8 @@ def several(lanes: FakeLanes, layers: int, slots: int, *, at_once: bool, stop: i
 @pytest.mark.parametrize("at_once", [True, False])
 def test_every_layer_sees_its_own_bytes(layers: int, slots: int, order: str, at_once: bool) -> None:
     for stop in (-1, 0, layers - 1):
-        assert several(FakeLanes(order), layers, slots, at_once=at_once, stop=stop)
+        for keeps in (True, False):
+            assert several(FakeLanes(order), layers, slots, at_once=at_once, stop=stop, keeps=keeps)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
