@@ -27,15 +27,15 @@ STEPS = 4
 def ours(fast: Any, filled: int) -> tuple[float, float]:
     """Bytes read and stored for a token, with so many rows filled."""
     engine = fast.fxopt.engine
-    cache, tokens = engine.new_cache(1), torch.zeros(1, 1, dtype=torch.long)
+    cache, tokens = engine.new_cache(1), torch.zeros(1, 1, dtype=torch.long, device=engine.facts.device)
     cache.pretend(filled)
     fast(tokens, past_key_values=cache)
     cache.away.ring.settle()
-    before = engine.streams.tally.counters
+    before = engine.row_streams.tally.counters
     for _ in range(STEPS):
         fast(tokens, past_key_values=cache)
     cache.away.ring.settle()
-    after = engine.streams.tally.counters
+    after = engine.row_streams.tally.counters
     return (after.nbytes - before.nbytes) / STEPS, (after.stored - before.stored) / STEPS
 
 
@@ -54,11 +54,13 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tiny", action="store_true", help="a random model of four layers instead")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--max-len", type=int, default=8192)
     parser.add_argument("--filled", type=int, nargs="+", default=(1000, 4000))
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     model: Any = tiny("llama", dtype, layers=4) if options.tiny else load_model(options.model, dtype)[0]
+    model.to(options.device)
     ways: Any = {"backend": "aot_eager", "compile": "layer", "verify": "off"}
     fast = fxopt.optimize(model, options.max_len, passes={"offload_kv": {"resident": 0.0, "store": "cpu"}}, **ways)
     rows = []

@@ -32,7 +32,7 @@ from fxopt.rewrite import Pass
 from fxopt.row_streams import RowStreams
 from fxopt.stream_notes import forget_timed, note_rows, note_weights, stream_outcome
 from fxopt.stream_options import StreamingPass
-from fxopt.streaming import Streaming, admit_streams, moved, streamed_rows
+from fxopt.streaming import WeightStreams, admit_streams, moved, streamed_rows
 from fxopt.weights import pack, packed_bytes
 
 log = logging.getLogger("fxopt")
@@ -98,19 +98,21 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     if judge is not None:
         with progress.step("verify the graphs"):
             report.checks += pipeline.verify()
-    rows = streamed_rows(pipeline.kept, pipeline.program, batch)
-    streams = None
+    row_streams = streamed_rows(pipeline.kept, pipeline.program, batch)
+    weight_streams = None
     if any(isinstance(one, OffloadWeights) for one in pipeline.kept):
+        if judge is not None:
+            judge.ask(_engine_batches(request.limits), pipeline.program.facts)
         with progress.step("move weights"):
-            streams = moved(pipeline.kept, pipeline.program, model)
+            weight_streams = moved(pipeline.kept, pipeline.program, model)
     with progress.step("pack weights"):
         pipeline.program = pack(pipeline.program)
         report.packed_bytes = packed_bytes(pipeline.program)
 
-    engine = _compiled(pipeline, request.backend, request.limits, progress, streams, rows)
+    engine = _compiled(pipeline, request.backend, request.limits, progress, weight_streams, row_streams)
     if judge is not None:
         with progress.step("verify the compiled code"):
-            engine, checks = _verified(judge, engine, pipeline, request.backend, progress, streams, rows)
+            engine, checks = _verified(judge, engine, pipeline, request.backend, progress, weight_streams, row_streams)
         report.checks += checks
     for role in (engine.prefill_role(batch), engine.decode_role(batch)):
         lowered = engine.lowered(role)
@@ -120,7 +122,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
             report.launches[role.name] = lowered.launches
     report.graphs = engine.readiness()
     _note_arena(report, pipeline, engine, request.backend)
-    _note_streams(report, pipeline, engine, progress, streams)
+    _note_streams(report, pipeline, engine, progress, weight_streams)
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
     recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)
@@ -133,18 +135,20 @@ def _compiled(
     backend: Backend,
     limits: Limits,
     progress: Progress,
-    streams: Streaming | None,
-    rows: RowStreams | None,
+    weight_streams: WeightStreams | None,
+    row_streams: RowStreams | None,
 ) -> Engine:
     """An engine whose prefill and decode graphs are compiled; other batch sizes follow on first use."""
     facts = pipeline.program.facts
     if not any(isinstance(one, OffloadWeights) for one in pipeline.kept):
-        streams = None
+        weight_streams = None
     if not any(isinstance(one, OffloadKV) for one in pipeline.kept):
-        rows = None
-    compiler = Compiler(backend, pipeline.kept, facts, limits, streams, rows, dumps=True)
-    ring = streams.ring if streams is not None else None
-    engine = Engine(facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena, ring, rows)
+        row_streams = None
+    compiler = Compiler(backend, pipeline.kept, facts, limits, weight_streams, row_streams, dumps=True)
+    ring = weight_streams.ring if weight_streams is not None else None
+    engine = Engine(
+        facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena, ring, row_streams
+    )
     for role in engine.first_roles():
         with progress.step(f"compile {role.name} for {role.sequences}"):
             engine.lowered(role)
@@ -169,19 +173,19 @@ def _note_arena(report: Report, pipeline: Pipeline, engine: Engine, backend: Bac
 
 
 def _note_streams(
-    report: Report, pipeline: Pipeline, engine: Engine, progress: Progress, streams: Streaming | None
+    report: Report, pipeline: Pipeline, engine: Engine, progress: Progress, weight_streams: WeightStreams | None
 ) -> None:
     """Say what is streamed and what that should cost, if it was asked for."""
-    if streams is not None and engine.ring is not None:
+    if weight_streams is not None and engine.weight_ring is not None:
         with progress.step("time streamed weights"):
-            report.streams = note_weights(streams, engine, report.context)
-    if engine.streams is not None:
+            report.streamed_weights = note_weights(weight_streams, engine, report.context)
+    if engine.row_streams is not None:
         with progress.step("time a streamed cache"):
-            report.cache = note_rows(engine.streams, engine, report.context)
+            report.streamed_cache = note_rows(engine.row_streams, engine, report.context)
     forget_timed(engine)
     for rewriter in pipeline.kept:
         if isinstance(rewriter, StreamingPass):
-            use = report.cache if isinstance(rewriter, OffloadKV) else report.streams
+            use = report.streamed_cache if isinstance(rewriter, OffloadKV) else report.streamed_weights
             pipeline.note(stream_outcome(rewriter, use, pipeline.latest_graph()))
 
 
@@ -191,30 +195,35 @@ def _verified(
     pipeline: Pipeline,
     backend: Backend,
     progress: Progress,
-    streams: Streaming | None,
-    rows: RowStreams | None,
+    weight_streams: WeightStreams | None,
+    row_streams: RowStreams | None,
 ) -> tuple[Engine, list[Check]]:
     """Compare the compiled code with the stock model; find a decode pass that spoils it by trying without."""
     checks, complaint = _judged(judge, engine)
     if complaint is None:
         return engine, checks
     for suspect in pipeline.suspects():
-        trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress, streams, rows)
+        trial = _compiled(pipeline.without(suspect), backend, engine.limits, progress, weight_streams, row_streams)
         checks, remaining = _judged(judge, trial)
         if remaining is None:
             pipeline.drop(suspect, complaint)
             pipeline.forget_decode()  # so that the report is about the graph that runs
-            return _compiled(pipeline, backend, engine.limits, progress, streams, rows), checks
+            return _compiled(pipeline, backend, engine.limits, progress, weight_streams, row_streams), checks
     raise VerificationError(
         f"the graphs agree with the stock model, but compiled by {backend} they do not: {complaint}. "
         'Try backend="aot_eager", and report it.'
     )
 
 
+def _engine_batches(limits: Limits) -> list[int]:
+    """The batches with which compiled code is judged."""
+    return sorted({1, limits.max_batch or 1}, reverse=True)
+
+
 def _judged(judge: Judge, engine: Engine) -> tuple[list[Check], str | None]:
     """A check for every batch that has compiled graphs of its own, up to the first that fails."""
     checks = []
-    for batch in sorted({1, engine.limits.max_batch or 1}, reverse=True):
+    for batch in _engine_batches(engine.limits):
         check, complaint = judged_safely(functools.partial(judge.engine, batch=batch), engine)
         checks.append(check)
         if complaint is not None:

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from fxopt.chain import Plan
+from fxopt.device_lanes import DeviceLanes
+from fxopt.device_rows import DeviceRows, stage_bytes
 from fxopt.file_weights import raw
-from fxopt.offload.ring import Leave, Ring, Tally
+from fxopt.offload.ring import Ring
 from fxopt.offload.rows import Block, RowStore, Strips
+from fxopt.offload.tally import Tally
+from fxopt.offload.work import Leave
 from fxopt.program import Buffer
 from fxopt.streamed_chain import RingFeed
 
@@ -30,9 +34,12 @@ class AwayRows:
     def __init__(
         self,
         layers: Sequence[Sequence[Buffer]],
-        store: RowStore,
+        store: RowStore | DeviceRows,
         slots: int,
         tally: Tally,
+        lanes: DeviceLanes | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
         self.layers = tuple(map(tuple, layers))
         self.batch = 0
@@ -42,10 +49,16 @@ class AwayRows:
             for turn, buffers in enumerate(self.layers)
             for number, buffer in enumerate(buffers)
         }
-        with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
-            largest = max(block.nbytes for block in store.blocks)
-            self.slots = [torch.zeros(largest, dtype=torch.uint8) for _ in range(slots)]
-        self.ring = Ring(store, range(len(self.layers)), [raw(slot) for slot in self.slots], what=WHAT, tally=tally)
+        largest = max(block.nbytes for block in store.blocks)
+        self._rests = stage_bytes(store.blocks) if lanes is not None else 0  # bytes where rows are sorted
+        if lanes is not None:
+            self.slots = [lanes.room(largest) for _ in range(slots)]
+        else:
+            with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
+                self.slots = [torch.zeros(largest, dtype=torch.uint8) for _ in range(slots)]
+        memories = [raw(slot) for slot in self.slots] if lanes is None else self.slots
+        order = range(len(self.layers))
+        self.ring = Ring(store, order, memories, what=WHAT, tally=tally, lanes=lanes, at_once=at_once)
         self.writes = range(0)  # the rows that the next step will write
 
     @property
@@ -56,7 +69,7 @@ class AwayRows:
     @property
     def nbytes(self) -> int:
         """Memory of the device."""
-        return sum(slot.nbytes for slot in self.slots)
+        return sum(slot.nbytes for slot in self.slots) + self._rests
 
     @property
     def is_served(self) -> bool:
@@ -88,14 +101,14 @@ class AwayRows:
         if rows.nbytes:
             self.store.read(turn, number, start, end, raw(rows))
             self.ring.tally.add(nbytes=rows.nbytes)
-        return rows
+        return rows.to(self.slots[0].device)
 
     def write(self, name: str, start: int, rows: Tensor) -> None:
         """Rows of a buffer from ``start`` on."""
         turn, number, buffer = self._where[name]
         self.ring.settle()
         self.ring.forget()
-        whole = rows.to(buffer.dtype).expand(buffer.shape(self.batch, rows.shape[2])).contiguous()
+        whole = rows.to(buffer.dtype).expand(buffer.shape(self.batch, rows.shape[2])).contiguous().cpu()
         if whole.nbytes:
             self.store.write(turn, number, start, start + rows.shape[2], raw(whole))
             self.ring.tally.add(stored=whole.nbytes)

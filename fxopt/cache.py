@@ -28,11 +28,11 @@ from fxopt.row_streams import RowStreams
 class BufferSet:
     """Static buffers of every layer for up to ``size`` sequences, and the mask over their rows.
 
-    With ``streams`` some of the layers are ``away``: they have no buffers here.
+    With ``row_streams`` some of the layers are ``away``: they have no buffers here.
     """
 
-    def __init__(self, facts: Facts, size: int, streams: RowStreams | None = None) -> None:
-        self.away = streams.rows(size) if streams is not None else None
+    def __init__(self, facts: Facts, size: int, row_streams: RowStreams | None = None) -> None:
+        self.away = row_streams.rows(size) if row_streams is not None else None
         absent = self.away.names if self.away is not None else frozenset()
         with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
             # Zeros, because a masked row still enters the sum: 0 * NaN is NaN.
@@ -72,10 +72,10 @@ class Turn:
         self.bound: dict[Hashable, Callable[[], Tensor]] = {}
 
 
-def buffer_bytes(facts: Facts, size: int, streams: RowStreams | None = None) -> int:
+def buffer_bytes(facts: Facts, size: int, row_streams: RowStreams | None = None) -> int:
     """Memory of the buffers for ``size`` sequences."""
-    if streams is not None:
-        return streams.placed(size).device_bytes
+    if row_streams is not None:
+        return row_streams.placed(size).device_bytes
     per_row = sum(buffer.heads * buffer.width * buffer.dtype.itemsize for buffer in facts.buffers())
     return size * facts.capacity * (per_row + torch.long.itemsize)
 
@@ -89,10 +89,10 @@ class BufferPool:
         *,
         largest: int | None = None,
         most_bytes: int | None = None,
-        streams: RowStreams | None = None,
+        row_streams: RowStreams | None = None,
     ) -> None:
         self._facts = facts
-        self._streams = streams
+        self._row_streams = row_streams
         self._largest = largest
         self._most_bytes = most_bytes
         self._idle: dict[int, list[BufferSet]] = defaultdict(list)
@@ -139,7 +139,7 @@ class BufferPool:
         return freed
 
     def _allocated(self, size: int) -> BufferSet:
-        needed = buffer_bytes(self._facts, size, self._streams)
+        needed = buffer_bytes(self._facts, size, self._row_streams)
         if self._most_bytes is not None and self.nbytes + needed > self._most_bytes:
             self.release()
             if self._lent + needed > self._most_bytes:
@@ -150,7 +150,7 @@ class BufferPool:
         if buffers is None:
             self.release()  # sets of other sizes may be in the way
             try:
-                buffers = BufferSet(self._facts, size, self._streams)
+                buffers = BufferSet(self._facts, size, self._row_streams)
             except (RuntimeError, MemoryError) as error:
                 raise CacheMemoryError(self._sentence(size, needed, first_line(error))) from error
         self.nbytes += buffers.nbytes
@@ -159,7 +159,7 @@ class BufferPool:
     def _attempt(self, size: int) -> BufferSet | None:
         """A new set, if there is memory and room for it; nothing of one that fails is left behind."""
         with contextlib.suppress(RuntimeError, MemoryError, StoreError):
-            return BufferSet(self._facts, size, self._streams)
+            return BufferSet(self._facts, size, self._row_streams)
         return None
 
     def _sentence(self, size: int, needed: int, why: str) -> str:

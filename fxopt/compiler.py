@@ -24,7 +24,7 @@ from fxopt.row_streams import RowStreams
 from fxopt.shape_sets import ShapeSet, full_sets
 from fxopt.specialise import Role
 from fxopt.streamed_chain import StreamedChain
-from fxopt.streaming import Streaming
+from fxopt.streaming import WeightStreams
 
 BATCH = 2  # sequences that memory is planned for where nobody named more
 
@@ -38,14 +38,14 @@ class Compiler:
         passes: Iterable[Pass[Any]],
         facts: Facts,
         limits: Limits,
-        streams: Streaming | None = None,
-        rows: RowStreams | None = None,
+        weight_streams: WeightStreams | None = None,
+        row_streams: RowStreams | None = None,
         *,
         dumps: bool = False,
     ) -> None:
         self.backend = backend
-        self._weights = streams  # that feed the layers, where offload_weights has moved their weights
-        self._rows = rows  # of the cache that are away, where offload_kv was asked for
+        self._weight_streams = weight_streams  # that feed the layers, where offload_weights has moved their weights
+        self._row_streams = row_streams  # of the cache that are away, where offload_kv was asked for
         self._limits = limits
         self._planned = next((one for one in passes if isinstance(one, PlanMemory)), None)
         self._dumps = dumps  # a model that is loaded must not write where its folder says
@@ -56,7 +56,7 @@ class Compiler:
         sets = self._shape_sets(program, role) if self._planned is not None else ()
         if self._dumps:
             self._dump(program, role, sets)
-        chain = self._streamed(role) if self._weights is not None or self._rows is not None else None
+        chain = self._streamed(role) if self._weight_streams is not None or self._row_streams is not None else None
         layered = program.facts.layered
         try:
             return lower(program, self.backend, layered=layered, arena=self.arena, shape_sets=sets, chain=chain)
@@ -68,10 +68,10 @@ class Compiler:
 
     def _streamed(self, role: Role) -> ChainMaker:
         """Makes chains whose layers find their weights, or the rows of their cache, in slots."""
-        streams = self._weights
+        weight_streams = self._weight_streams
 
         def chain(plan: Plan, pieces: Sequence[Code], weights: Sequence[Tensor]) -> Chain:
-            feeds = [streams.feed(plan, weights, role.name)] if streams is not None else []
+            feeds = [weight_streams.feed(plan, weights, role.name)] if weight_streams is not None else []
             return StreamedChain(plan, pieces, feeds, role.name)
 
         return chain

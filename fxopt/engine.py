@@ -51,15 +51,17 @@ class Engine:
         source: Callable[[Role], Lowered],
         limits: Limits,
         arena: SharedArena | None = None,
-        ring: Ring | None = None,
-        streams: RowStreams | None = None,
+        weight_ring: Ring | None = None,
+        row_streams: RowStreams | None = None,
     ) -> None:
         self.facts = facts
         self.arena = arena  # that the graphs compute in, where plan_memory gave them one
-        self.ring = ring  # that weights are streamed through, where offload_weights has moved them
-        self.streams = streams  # that rows of the cache are in, where offload_kv was asked for
+        self.weight_ring = weight_ring  # that weights are streamed through, where offload_weights has moved them
+        self.row_streams = row_streams  # that rows of the cache are in, where offload_kv was asked for
         self.limits = limits
-        self.pool = BufferPool(facts, largest=limits.max_batch, most_bytes=limits.max_cache_bytes, streams=streams)
+        self.pool = BufferPool(
+            facts, largest=limits.max_batch, most_bytes=limits.max_cache_bytes, row_streams=row_streams
+        )
         self.stats: Counter[str] = Counter()
         self.replays = Replays(facts.device)
         self._source = source
@@ -217,7 +219,9 @@ class Decoding:
             return graph.bound(tensors | turn, cache.away)
 
         key = (cache.batch, self._window_end)
-        self._run = engine.replays.of(key, cache.buffers.turn.bound, bind)
+        # A ring copies other bytes in every step, and decides when; a recording would repeat those of one.
+        record = engine.weight_ring is None and cache.away is None
+        self._run = engine.replays.of(key, cache.buffers.turn.bound, bind, record=record)
 
 
 def _any_from_two(batch: int) -> int | None:

@@ -69,6 +69,8 @@ class FilesInMemory:
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in a mapped file."""
+        if tensor.device.type != "cpu":
+            return False
         found = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
         return found >= 0 and tensor.data_ptr() + tensor.nbytes <= self._mappings[found].end
 

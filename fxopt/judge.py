@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,17 @@ from fxopt.specialise import Role
 SMALL_CHUNK = 16  # so that a short prompt crosses the borders of chunks
 GRAPH_BATCH = 2  # of the checks of a graph that holds for any batch
 
+
+@dataclass
+class _Answers:
+    """What the stock model has said, to batches near the start of a cache and far into it."""
+
+    batches: tuple[int, int]
+    answered: list[Answered]
+    rounded: list[Answer] = field(default_factory=list)  # over caches in these formats
+    formats: tuple[KVShape, ...] = ()
+
+
 Verdict = tuple[Check, str | None]  # and a sentence if it is against the graph
 
 
@@ -47,10 +58,16 @@ class Judge:
     def __init__(self, model: PreTrainedModel, max_len: int) -> None:
         self._model = model
         self._max_len = max_len
-        self._batches = (0, 0)  # of the answers that are kept; graphs are judged in the order of their batches
-        self._answered: list[Answered] = []
-        self._rounded: list[Answer] = []  # over caches in these formats
-        self._formats: tuple[KVShape, ...] = ()
+        self._last: _Answers | None = None  # graphs are judged in the order of their batches
+        self._ahead: list[_Answers] = []  # that were asked for before the weights moved
+
+    @torch.no_grad()
+    def ask(self, batches: Iterable[int], facts: Facts) -> None:
+        """Ask the stock model now what engines are compared with: without its weights it is slow, or cannot run."""
+        for batch in batches:
+            found = self._answers((batch, batch))
+            self._over(found, facts)
+            self._ahead.append(found)
 
     def graph(self, program: Program) -> Verdict:
         """Judge a symbolic graph in eager mode, whether its cache grows already in place or not yet."""
@@ -81,13 +98,9 @@ class Judge:
     @torch.no_grad()
     def _compare(self, batches: tuple[int, int], fed: Feeder, what: str, facts: Facts) -> Verdict:
         started = time.perf_counter()
-        if batches != self._batches:
-            near, far = batches
-            self._answered, self._rounded = [], []
-            each = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
-            self._answered, self._batches = list(each), batches
+        answers = self._answers(batches)
         found: list[Difference] = []
-        cases = list(zip(self._answered, self._over(facts), strict=True))
+        cases = list(zip(answers.answered, self._over(answers, facts), strict=True))
         for case, rounded in cases:
             answer = _feed(fed(case.scenario), case.scenario)
             found += differences(case, answer) if rounded is None else differences_over(case, rounded, answer)
@@ -100,14 +113,24 @@ class Judge:
         others = f" (and {len(wrong) - 1} more of {len(found)} numbers compared)" if len(wrong) > 1 else ""
         return check, wrong[0].sentence + others
 
-    def _over(self, facts: Facts) -> Sequence[Answer | None]:
+    def _answers(self, batches: tuple[int, int]) -> _Answers:
+        known = (*self._ahead, self._last)
+        found = next((one for one in known if one is not None and one.batches == batches), None)
+        if found is None:
+            self._last = None  # what it holds is let go of first
+            near, far = batches
+            each = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
+            found = self._last = _Answers(batches, list(each))
+        return found
+
+    def _over(self, answers: _Answers, facts: Facts) -> Sequence[Answer | None]:
         """What the stock model says over caches in these formats; None if rows are kept as they are."""
         if not facts.formats:
-            return [None] * len(self._answered)
-        if self._formats != facts.layers or not self._rounded:
-            self._rounded = [answered_rounded(self._model, case.scenario, facts) for case in self._answered]
-            self._formats = facts.layers
-        return self._rounded
+            return [None] * len(answers.answered)
+        if answers.formats != facts.layers or not answers.rounded:
+            answers.rounded = [answered_rounded(self._model, case.scenario, facts) for case in answers.answered]
+            answers.formats = facts.layers
+        return answers.rounded
 
 
 def _note(facts: Facts, cases: Sequence[tuple[Answered, Answer | None]]) -> str:

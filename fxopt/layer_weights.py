@@ -96,7 +96,7 @@ def _movable(model: nn.Module) -> set[int]:
         if before is not None and parameter.data_ptr() < end:
             able[id(parameter)] = able[id(before)] = False
         end, before = max(end, parameter.data_ptr() + parameter.nbytes), parameter
-    return {id(p) for p in found if able[id(p)] and p.is_contiguous() and p.dtype in DTYPES and p.device.type == "cpu"}
+    return {id(p) for p in found if able[id(p)] and p.is_contiguous() and p.dtype in DTYPES}
 
 
 def _grouped(program: Program, tensors: dict[str, Tensor], own: Sequence[str]) -> list[Group]:

@@ -27,7 +27,7 @@ from fxopt.call import depth_of, read_call
 from fxopt.decode_loop import decode, obstacle
 from fxopt.engine import Engine
 from fxopt.errors import ArtifactError, InvalidRequestError
-from fxopt.offload.ring import Counters
+from fxopt.offload.tally import Counters
 from fxopt.program import Program
 from fxopt.report import Report
 from fxopt.stream_options import StreamingPass
@@ -59,11 +59,11 @@ class Handle:
     @property
     def report(self) -> Report:
         """What was rewritten and why; where layers are streamed, also what that has cost so far."""
-        ring, rows = self.engine.ring, self.engine.streams
-        if ring is not None and self._report.streams is not None:
-            self._report.streams.measured = ring.tally.kinds
-        if rows is not None and self._report.cache is not None:
-            self._report.cache.measured = rows.tally.kinds
+        ring, rows = self.engine.weight_ring, self.engine.row_streams
+        if ring is not None and self._report.streamed_weights is not None:
+            self._report.streamed_weights.measured = ring.tally.kinds
+        if rows is not None and self._report.streamed_cache is not None:
+            self._report.streamed_cache.measured = rows.tally.kinds
         return self._report
 
     @property
@@ -96,7 +96,7 @@ class Handle:
     @property
     def stats(self) -> Counter[str]:
         """How many steps ran on which graph, and how many on the eager model and why."""
-        ring, rows = self.engine.ring, self.engine.streams
+        ring, rows = self.engine.weight_ring, self.engine.row_streams
         if ring is not None:
             self._take_note(_counted(ring.tally.counters, "weight", "layers"))
         if rows is not None:
@@ -167,6 +167,7 @@ class FastModel:
         call = read_call(self, args, kwargs)
         if isinstance(call, str):
             engine.count(f"eager: {call}")
+            _check_whole(self, engine, call)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         batch, tokens = call.input_ids.shape
         _check_batch(engine, batch)
@@ -235,7 +236,7 @@ class FastModel:
         return config
 
     def _served_caches(self) -> tuple[str | None, ...]:
-        return _OURS if self.fxopt.engine.streams is None else (*_OURS, *_OURS_AWAY)
+        return _OURS if self.fxopt.engine.row_streams is None else (*_OURS, *_OURS_AWAY)
 
     def _prepare_cache_for_generation(
         self,
@@ -277,6 +278,17 @@ def _counted(found: Counters, what: str, layers: str) -> Counter[str]:
 def _kept(keep: int | Tensor, tokens: int) -> int:
     """For how many tokens, counted from the last, logits are needed; 0 asks for all."""
     return keep if isinstance(keep, int) and 0 < keep < tokens else tokens
+
+
+def _check_whole(model: Any, engine: Engine, call: str) -> None:
+    """Raise a sentence if the model's own code cannot run: streamed weights of a device lie on the host."""
+    if engine.weight_ring is None or all(one.device == engine.facts.device for one in model.parameters()):
+        return
+    raise InvalidRequestError(
+        f"this call needs the model's own code ({call}), which cannot run: with offload_weights on "
+        f"{engine.facts.device} the weights of streamed layers are on the host. Call what the graphs serve, or load "
+        "the model a second time for such calls"
+    )
 
 
 def _check_batch(engine: Engine, batch: int) -> None:

@@ -1,7 +1,7 @@
 """Weights that have left the memory: each group of a streamed layer lies in a file, and parameters lie there too.
 
 A group that lies in a file of the model as it is, is left there. All others go to one file of our own,
-on disk or in memory. Until that is written nothing of the model has changed.
+on disk or in memory. Until :meth:`MovedWeights.reseat` nothing of the model has changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxopt.file_weights import DTYPES, FilesInMemory, mapped, raw, seat
 from fxopt.layer_weights import Group, Named, nbytes_of, room_for
@@ -52,13 +52,25 @@ class MovedWeights:
         for named in self.parameters():
             files.drop(named.tensor)
         files.close(but=set(self.store.files))
-        self._reseat()
+        self._storages = {one: mapped(one.path, one.size, shared=one is self.own) for one in self.store.files}
         for extent in (extent for layer in self.store.layers for extent in layer):
             forget(extent.file.fd, extent.offset, extent.nbytes)
 
     @property
     def slot_bytes(self) -> int:
         return max(one.at + room_for(one.group) for seats in self.seats for one in seats)
+
+    @property
+    def memory(self) -> torch.UntypedStorage:
+        """Our own file, as it is mapped."""
+        assert self.own is not None
+        return self._storages[self.own]
+
+    def discard(self) -> None:
+        """Let go of the files: nothing was moved there."""
+        self.store.close()
+        if self._folder is not None:
+            self._folder.remove()
 
     @property
     def in_place(self) -> int:
@@ -98,15 +110,12 @@ class MovedWeights:
         path = self._folder.path / "weights.safetensors"
         return self._folder.path, path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
-    def _reseat(self) -> None:
+    def reseat(self) -> None:
         """Let the parameters lie in the files; what they had is let go of."""
-        storages: dict[WatchedFile, torch.UntypedStorage] = {}
         for one in (one for seats in self.seats for one in seats):
-            if one.file not in storages:
-                storages[one.file] = mapped(one.file.path, one.file.size, shared=one.file is self.own)
             offset = one.offset
             for named in one.group:
-                seat(named.tensor, storages[one.file], offset)
+                seat(named.tensor, self._storages[one.file], offset)
                 offset += named.tensor.nbytes
 
 
@@ -146,4 +155,9 @@ def _extents(seats: Sequence[Seat], own: WatchedFile | None, made: Written | Non
 
 
 def _entries(group: Group) -> list[Weight]:
-    return [Weight(one.name, DTYPES[one.tensor.dtype], tuple(one.tensor.shape), raw(one.tensor)) for one in group]
+    return [_entry(one.name, one.tensor) for one in group]
+
+
+def _entry(name: str, tensor: Tensor) -> Weight:
+    """Read when it is written: those of a device come into memory one by one."""
+    return Weight(name, DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, lambda: raw(tensor.cpu()))

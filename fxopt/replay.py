@@ -31,12 +31,15 @@ class Replays:
         self._record = record if record is not None else _recorder(device)
         self._lock = threading.RLock()
 
-    def of(self, key: Hashable, known: dict[Hashable, Run], bind: Callable[[], Run]) -> Run:
-        """The step that ``known`` keeps under ``key``; else what ``bind`` makes, recorded if that can be done."""
+    def of(self, key: Hashable, known: dict[Hashable, Run], bind: Callable[[], Run], *, record: bool = True) -> Run:
+        """The step that ``known`` keeps under ``key``; else what ``bind`` makes, recorded if that can be done.
+
+        Without ``record`` it is launched anew each time.
+        """
         run = known.get(key)
         if run is None:
             with self._lock:  # two recordings at once would see each other's launches
-                run = known[key] = self._recorded(bind())
+                run = known[key] = self._recorded(bind()) if record else bind()
         return run
 
     def _recorded(self, step: Run) -> Run:

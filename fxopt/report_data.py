@@ -38,8 +38,8 @@ class ReportData:
     launches: dict[str, int] = field(default_factory=dict)  # of the compiled code, by role
     graphs: dict[str, str] = field(default_factory=dict)  # for how many sequences: which are ready
     arenas: dict[str, ArenaUse] = field(default_factory=dict)  # of each compiled graph
-    streams: WeightUse | None = None  # where offload_weights has moved some
-    cache: CacheUse | None = None  # where offload_kv was asked for
+    streamed_weights: WeightUse | None = None  # where offload_weights has moved some
+    streamed_cache: CacheUse | None = None  # where offload_kv was asked for
     packed_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -50,7 +50,10 @@ class ReportData:
     @property
     def streamed(self) -> dict[str, StreamUse]:
         """What each pass that streams layers came to."""
-        both: dict[str, StreamUse | None] = {"offload_weights": self.streams, "offload_kv": self.cache}
+        both: dict[str, StreamUse | None] = {
+            "offload_weights": self.streamed_weights,
+            "offload_kv": self.streamed_cache,
+        }
         return {name: use for name, use in both.items() if use is not None}
 
     def __getitem__(self, name: str) -> Outcome:

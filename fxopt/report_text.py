@@ -134,10 +134,10 @@ def _closing(report: ReportData) -> Iterator[str]:
         lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     for line in lines:
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="    ")
-    if report.streams is not None:
-        yield from _streams(report.streams, _weights(report.streams))
-    if report.cache is not None:
-        yield from _streams(report.cache, _cache(report.cache))
+    if report.streamed_weights is not None:
+        yield from _streams(report.streamed_weights, _weights(report.streamed_weights))
+    if report.streamed_cache is not None:
+        yield from _streams(report.streamed_cache, _cache(report.streamed_cache))
 
 
 def _arena(graphs: Sequence[ArenaUse]) -> str:
@@ -181,6 +181,12 @@ def _streams(use: StreamUse, headline: str) -> Iterator[str]:
         sentence = (
             f"a decode step, predicted at {use.bandwidth / 2**30:.2f} GiB/s with {use.context} rows filled: "
             f"{_ms(found.step)}, {_ms(found.exposed)} of it waiting, {_ms(found.hidden)} of copying hidden"
+        )
+        yield from textwrap.wrap(sentence, WIDTH, initial_indent="    ", subsequent_indent="        ")
+    if use.device != "cpu":
+        sentence = (
+            f"on {use.device} decode steps are launched piece by piece, not recorded as a CUDA graph: a ring decides "
+            "in every step anew what is copied where"
         )
         yield from textwrap.wrap(sentence, WIDTH, initial_indent="    ", subsequent_indent="        ")
     for kind, steps in use.measured.items():

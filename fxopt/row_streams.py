@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from fxopt.away_rows import AwayRows, block_of
+from fxopt.device_lanes import lanes_of
+from fxopt.device_rows import DeviceRows, stage_bytes
 from fxopt.errors import InvalidRequestError
 from fxopt.offload.placement import Placement, place
-from fxopt.offload.ring import Tally
 from fxopt.offload.rows import RowStore
+from fxopt.offload.tally import Tally
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.program import Buffer, Facts
 
@@ -21,16 +23,20 @@ class RowStreams:
         self.tally = Tally()
         self._asked = asked
         self._capacity = facts.capacity
+        self._lanes = lanes_of(facts.device)
         self._layers: list[list[Buffer]] = [[] for _ in facts.layers]
         for buffer, layer in facts.buffers().items():
             self._layers[layer].append(buffer)
 
     def placed(self, sequences: int) -> Placement:
         """Which layers stay in a set for so many sequences, and which are away."""
-        sizes = [block_of(buffers, sequences, self._capacity).nbytes for buffers in self._layers]
-        asked, mask = self._asked, sequences * self._capacity * torch.long.itemsize
+        blocks = [block_of(buffers, sequences, self._capacity) for buffers in self._layers]
+        sizes = [block.nbytes for block in blocks]
+        asked, fixed = self._asked, sequences * self._capacity * torch.long.itemsize  # the mask
+        if self._lanes is not None:
+            fixed += stage_bytes(blocks)
         try:
-            return place(sizes, mask, budget=asked.budget_bytes, resident=asked.share, depth=asked.depth)
+            return place(sizes, fixed, budget=asked.budget_bytes, resident=asked.share, depth=asked.depth)
         except InvalidRequestError as error:
             raise InvalidRequestError(f"offload_kv, in a cache for a batch of {sequences}: {error}") from error
 
@@ -49,9 +55,12 @@ class RowStreams:
         if not placed.offloaded:
             return None
         layers = [self._layers[layer] for layer in placed.offloaded]
-        return AwayRows(layers, self._store(sequences), placed.slots, self.tally)
+        at_once = self._lanes is not None and self.kind == "cpu"
+        return AwayRows(layers, self._store(sequences), placed.slots, self.tally, self._lanes, at_once=at_once)
 
-    def _store(self, sequences: int) -> RowStore:
+    def _store(self, sequences: int) -> RowStore | DeviceRows:
         away = (self._layers[layer] for layer in self.placed(sequences).offloaded)
         blocks = [block_of(buffers, sequences, self._capacity) for buffers in away]
+        if self._lanes is not None:
+            return DeviceRows(blocks, self._lanes, self.kind, self._asked.parent)
         return RowStore(blocks, self.kind, self._asked.parent)

@@ -11,19 +11,20 @@ from fxopt.engine import Engine
 from fxopt.listing import Listing
 from fxopt.offload.measuring import rates
 from fxopt.offload.prediction import predict
-from fxopt.offload.ring import Counters, Ring
+from fxopt.offload.ring import Ring
+from fxopt.offload.tally import Counters
 from fxopt.offload.use import CacheUse, StreamUse, WeightUse
 from fxopt.outcome import Outcome, Spot
 from fxopt.row_streams import RowStreams
 from fxopt.stream_listing import with_streams
 from fxopt.stream_options import StreamingPass
-from fxopt.streaming import Streaming
+from fxopt.streaming import WeightStreams
 
 MOST_WRITTEN = 256 << 20  # bytes of a cache, to time how they are read
 STEPS = 3  # that are timed, after as many that are not
 
 
-def note_weights(streams: Streaming, engine: Engine, context: int) -> WeightUse:
+def note_weights(streams: WeightStreams, engine: Engine, context: int) -> WeightUse:
     """What a step that streams weights should take."""
     placed, use = streams.use.placement, streams.use
     context = use.context = _affordable(engine, context)
@@ -37,7 +38,11 @@ def note_rows(rows: RowStreams, engine: Engine, context: int) -> CacheUse:
     """What a step that streams the cache of one sequence should take, with up to ``context`` rows filled."""
     placed, context = rows.placed(1), _affordable(engine, context)
     use = CacheUse(
-        placement=placed, store=rows.kind, context=context, row_bytes=sum(map(rows.row_bytes, placed.offloaded))
+        placement=placed,
+        store=rows.kind,
+        device=str(engine.facts.device),
+        context=context,
+        row_bytes=sum(map(rows.row_bytes, placed.offloaded)),
     )
     if not placed.offloaded:
         return use
@@ -53,7 +58,7 @@ def note_rows(rows: RowStreams, engine: Engine, context: int) -> CacheUse:
 
 def _affordable(engine: Engine, context: int) -> int:
     """As many rows, unless too much would have to be written for them."""
-    rows = engine.streams
+    rows = engine.row_streams
     nbytes = sum(map(rows.row_bytes, rows.placed(1).offloaded)) if rows is not None else 0
     return max(1, min(context, MOST_WRITTEN // nbytes)) if nbytes else context
 
@@ -67,12 +72,13 @@ def _timed(engine: Engine, cache: BufferCache, ring: Ring, context: int) -> tupl
     before = ring.tally.counters
     for turn in range(2 * STEPS):
         if turn == STEPS:
+            ring.settle()
             before = ring.tally.counters
         cache.rewind(context)
         cache.record_mask(None, 1)
         engine.decoding(cache, tokens)(tokens)
-    after = ring.tally.counters
     ring.settle()
+    after = ring.tally.counters
     engine.stats.clear()  # these steps are nobody's
     engine.stats.update(counted)
     return before, after
@@ -80,10 +86,10 @@ def _timed(engine: Engine, cache: BufferCache, ring: Ring, context: int) -> tupl
 
 def forget_timed(engine: Engine) -> None:
     """Count from here on: what was timed was nobody's."""
-    if engine.ring is not None:
-        engine.ring.tally.begin_anew()
-    if engine.streams is not None:
-        engine.streams.tally.begin_anew()
+    if engine.weight_ring is not None:
+        engine.weight_ring.tally.begin_anew()
+    if engine.row_streams is not None:
+        engine.row_streams.tally.begin_anew()
 
 
 def stream_outcome(rewriter: StreamingPass, use: StreamUse | None, graph: Callable[[], Listing]) -> Outcome:

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fxopt.chain import Chain, Code, Plan
-from fxopt.offload.ring import Leave, Ring
+from fxopt.offload.ring import Ring
+from fxopt.offload.work import Leave
 
 
 class Feed(Protocol):

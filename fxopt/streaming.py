@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.chain import Plan
+from fxopt.device_blocks import blocks_for
+from fxopt.device_lanes import lanes_of
 from fxopt.errors import InvalidRequestError, RewriteError
 from fxopt.file_weights import raw
 from fxopt.layer_weights import layer_places, layer_weights, nbytes_of, room_for
@@ -17,6 +19,7 @@ from fxopt.offload.errors import StoreError
 from fxopt.offload.measuring import bandwidth
 from fxopt.offload.placement import Placement, place
 from fxopt.offload.ring import Ring
+from fxopt.offload.store import Store
 from fxopt.offload.use import WeightUse
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
@@ -53,7 +56,7 @@ def _no_layers(rewriter: StreamingPass) -> RewriteError:
     )
 
 
-def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> Streaming | None:
+def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> WeightStreams | None:
     """Move weights as the pass asks; None if everything fits into the budget. An error leaves the model as it was."""
     rewriter = next(one for one in passes if isinstance(one, OffloadWeights))
     layers = layer_weights(program, model)
@@ -66,33 +69,48 @@ def moved(passes: Iterable[Pass[Any]], program: Program, model: nn.Module) -> St
     if not placed.offloaded:
         return None
     weights = MovedWeights([layers[layer] for layer in placed.offloaded], rewriter.store, rewriter.parent)
+    streams = WeightStreams(weights, placed, rewriter.store, program.facts.device)
     if rewriter.store == "disk":
         keep_in_memory(model, but={id(named.tensor) for named in weights.parameters()})
-    return Streaming(weights, placed, rewriter.store)
+    return streams
 
 
-class Streaming:
+class WeightStreams:
     """The streamed layers of one model: a ring, and where in a slot each weight is."""
 
-    def __init__(self, weights: MovedWeights, placed: Placement, kind: str) -> None:
-        with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
-            self._slots = [torch.empty(weights.slot_bytes, dtype=torch.uint8) for _ in range(placed.slots)]
-        memories = [raw(slot) for slot in self._slots]
-        order = range(len(placed.offloaded))
-        speed = bandwidth(weights.store, order, memories[0])
-        self.ring = Ring(weights.store, order, memories)
+    def __init__(self, weights: MovedWeights, placed: Placement, kind: str, device: torch.device) -> None:
+        try:
+            self._begin(weights, placed, kind, device)
+        except BaseException:  # memory, or memory that can be pinned, has run out
+            weights.discard()
+            raise
+        weights.reseat()
+        self._weights = weights
+        self._table = weights.table()
+        self._watched = [(named, one.file) for seats in weights.seats for one in seats for named in one.group]
+        self._versions: list[int] = []
+
+    def _begin(self, weights: MovedWeights, placed: Placement, kind: str, device: torch.device) -> None:
+        lanes, order = lanes_of(device), range(len(placed.offloaded))
+        if lanes is None:
+            with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
+                self._slots = [torch.empty(weights.slot_bytes, dtype=torch.uint8) for _ in range(placed.slots)]
+            memories: Sequence[Any] = [raw(slot) for slot in self._slots]
+            store: Store = weights.store
+        else:
+            memories = self._slots = [lanes.room(weights.slot_bytes) for _ in range(placed.slots)]
+            store = blocks_for(lanes, weights.store, weights.memory if kind == "cpu" else None)
+        speed = bandwidth(store, order, memories[0], lanes)
+        self.ring = Ring(store, order, memories, lanes=lanes, at_once=lanes is not None and kind == "cpu")
         self.use = WeightUse(
             placement=placed,
             store=kind,
+            device=str(device),
             context=0,
             bandwidth=speed,
             written=placed.moved - weights.in_place,
             in_place=weights.in_place,
         )
-        self._weights = weights
-        self._table = weights.table()
-        self._watched = [(named, one.file) for seats in weights.seats for one in seats for named in one.group]
-        self._versions: list[int] = []
 
     def feed(self, plan: Plan, weights: Sequence[Tensor], kind: str) -> RingFeed:
         """What brings weights to the pieces of one graph."""
@@ -142,8 +160,8 @@ class Streaming:
 
 
 def _unstreamable(facts: Facts) -> str | None:
-    if facts.device.type != "cpu":
-        return f"layers are streamed into the memory of a CPU so far, and the model is on {facts.device}"
+    if facts.device.type not in ("cpu", "cuda"):
+        return f"layers are streamed to a CPU or a CUDA device, and the model is on {facts.device}"
     if facts.backend == "eager" or not facts.layered:
         return (
             f"it hands slots to one layer at a time, and here the graph is one piece (compile={facts.compile!r}, "

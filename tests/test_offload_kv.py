@@ -23,10 +23,10 @@ from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Side, lively, play, sl
 import fxopt
 from fxopt import ArtifactError, InvalidRequestError, RewriteError
 from fxopt.cache import BufferPool
+from fxopt.demo_model import is_demo_installed, load_model
 from fxopt.errors import CacheMemoryError
 from fxopt.families import tiny
-from fxopt.offload import StoreError
-from fxopt.offload import rows as rows_file
+from fxopt.offload import StoreError, row_file
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.report_page import as_page
 from fxopt.row_streams import RowStreams
@@ -66,7 +66,7 @@ def test_tokens_and_bytes(family: str, dtype: torch.dtype, tmp_path: Path) -> No
     model: Any = tiny(family, dtype, layers=LAYERS)
     stock = {batch: tokens(model, batch) for batch in (1, 3)}
     fast = away(model, tmp_path)
-    assert fast.fxopt.report.cache.placement.offloaded == AWAY
+    assert fast.fxopt.report.streamed_cache.placement.offloaded == AWAY
     for store, depth in product(("disk", "cpu"), (1, 2, 3, 4)):
         ask_anew(fast, store=store, depth=depth, resident=0.25, folder=str(tmp_path))
         for batch in (1, 3, 1):
@@ -86,14 +86,14 @@ def test_tokens_and_bytes(family: str, dtype: torch.dtype, tmp_path: Path) -> No
 def ask_anew(fast: Any, **offload: Any) -> None:
     """Other caches for the same compiled code: which of their layers are away is decided when they are made."""
     engine = fast.fxopt.engine
-    engine.streams = RowStreams(OffloadKV(**offload), engine.facts)
-    engine.pool = BufferPool(engine.facts, streams=engine.streams)
+    engine.row_streams = RowStreams(OffloadKV(**offload), engine.facts)
+    engine.pool = BufferPool(engine.facts, row_streams=engine.row_streams)
 
 
 def moved(fast: Any, cache: Any) -> tuple[int, int]:
     """The bytes that the store has read and written, when it has done what it was asked to."""
     cache.away.ring.settle()
-    counted = fast.fxopt.engine.streams.tally.counters
+    counted = fast.fxopt.engine.row_streams.tally.counters
     return counted.nbytes, counted.stored
 
 
@@ -235,7 +235,7 @@ def test_memory_of_slots_counts_as_memory_of_caches(tmp_path: Path) -> None:
     buffers = fast(PROMPT).past_key_values.buffers
     tensors = [*buffers.tensors.values(), buffers.mask, *buffers.away.slots]
     assert fast.fxopt.kv_bytes == buffers.nbytes == sum(tensor.nbytes for tensor in tensors)
-    assert fast.fxopt.kv_bytes == fast.fxopt.report.cache.placement.device_bytes
+    assert fast.fxopt.kv_bytes == fast.fxopt.report.streamed_cache.placement.device_bytes
     fast.fxopt.engine.pool._most_bytes = 100
     with pytest.raises(CacheMemoryError, match="max_cache_bytes=100 allows less"):
         fast.generate(PROMPT.repeat(3, 1), max_new_tokens=2)
@@ -261,7 +261,7 @@ def test_files_go_with_their_caches(tmp_path: Path) -> None:
     cache = fast(PROMPT).past_key_values
     assert list(tmp_path.iterdir()) == []  # the file has no name, so nothing is left of a process that is killed
     store = cache.away.store
-    assert os.fstat(store._file.fileno()).st_mode & 0o777 == 0o600
+    assert os.fstat(store._file.fd).st_mode & 0o777 == 0o600
     ring = cache.away.ring
     del cache
     gc.collect()
@@ -272,7 +272,7 @@ def test_files_go_with_their_caches(tmp_path: Path) -> None:
     gc.collect()
     reader.join(30)
     assert not reader.is_alive()
-    assert store._file.closed
+    assert store._file.is_closed
 
 
 def test_a_cache_that_cannot_be_split_is_as_it_was(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_cache_may_go_while_the_counters_are_held(tmp_path: Path) -> None:
     """The collector calls what gives buffers back, in whatever thread and at whatever time."""
     fast = away(tiny("llama", layers=LAYERS), tmp_path)
     cache = fast(PROMPT).past_key_values
-    with fast.fxopt.engine.streams.tally._lock:
+    with fast.fxopt.engine.row_streams.tally._lock:
         del cache
         gc.collect()
     assert torch.equal(tokens(fast), tokens(tiny("llama", layers=LAYERS)))
@@ -309,14 +309,14 @@ def test_idle_files_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fast = away(model, tmp_path)
     idle = fast(PROMPT).past_key_values.buffers
     gc.collect()
-    reserve = rows_file.reserve
+    reserve = row_file.reserve
 
     def with_room_when_it_is_gone(fd: int, nbytes: int) -> None:
         if idle.is_usable:
             raise OSError(28, "No space left on device")
         reserve(fd, nbytes)
 
-    monkeypatch.setattr(rows_file, "reserve", with_room_when_it_is_gone)
+    monkeypatch.setattr(row_file, "reserve", with_room_when_it_is_gone)
     assert torch.equal(tokens(fast, 2), tokens(model, 2))
 
 
@@ -339,7 +339,7 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     model: Any = tiny("llama", layers=LAYERS)
     addresses = [p.data_ptr() for p in model.parameters()]
-    monkeypatch.setattr(rows_file, "reserve", full)
+    monkeypatch.setattr(row_file, "reserve", full)
     for verify in ("off", "final"):
         with pytest.raises(StoreError, match=r"there is no room in .* for a cache of .*No space left.*max_len"):
             away(model, tmp_path, verify=verify, more={"offload_weights": {"folder": str(tmp_path)}})
@@ -347,7 +347,7 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
     fast = away(model, tmp_path)
     held = fast(PROMPT).past_key_values
-    monkeypatch.setattr(rows_file, "reserve", full)
+    monkeypatch.setattr(row_file, "reserve", full)
     with pytest.raises(StoreError, match="there is no room"):
         tokens(fast)
     monkeypatch.undo()
@@ -378,7 +378,7 @@ def test_rows_that_cannot_be_written_are_an_error_until_a_new_cache(fast: Any, m
 def test_a_file_that_is_cut_short(fast: Any) -> None:
     cache = fast(PROMPT).past_key_values
     cache.away.ring.settle()
-    os.truncate(cache.away.store._fd, 1000)
+    os.truncate(cache.away.store._file.fd, 1000)
     with pytest.raises(StoreError, match=r"the file with the cache ends at byte .* a new cache"):
         several(3, fast, cache)
 
@@ -466,9 +466,9 @@ def test_the_report_says_who_waits_for_what(fast: Any) -> None:
     assert "cache: 4 of 6 layers are streamed from disk" in text
     assert "layer 1: resident" in text
     assert "layer 0: wait for its rows, run, store the new ones, read layer 3 into the slot" in text
-    assert report.cache.measured["decode"].count == NEW - 1
-    assert report.cache.predicted.moved == len(AWAY) * report.cache.context * row_bytes(fast)
-    assert report.to_dict()["cache"]["placement"]["offloaded"] == AWAY
+    assert report.streamed_cache.measured["decode"].count == NEW - 1
+    assert report.streamed_cache.predicted.moved == len(AWAY) * report.streamed_cache.context * row_bytes(fast)
+    assert report.to_dict()["streamed_cache"]["placement"]["offloaded"] == AWAY
     report.to_json()
     page = as_page(report)
     assert '<figure data-stage="offload_kv"><svg' in page
@@ -487,3 +487,21 @@ def test_the_diff_shows_waits_stores_and_reads(fast: Any) -> None:
     changed = [line for line in report.diff("offload_kv").splitlines() if line.startswith(("+", "-"))]
     assert changed[:3] == [f"+ {line}" for line in made[:3]]
     assert not [line for line in changed if line.startswith("-")]
+
+
+# A real model
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_demo_installed(), reason="the extra demo is not installed")
+@pytest.mark.parametrize("what", [("offload_weights",), ("offload_kv",), ("offload_weights", "offload_kv")])
+def test_tokens_of_smollm2(what: tuple[str, ...], tmp_path: Path) -> None:
+    model, tokenizer = load_model("demo", torch.float32)
+    prompt = tokenizer("The oldest rivers are those that", return_tensors="pt").input_ids
+    want = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    offload = {"resident": 0.5, "folder": str(tmp_path)}
+    ways: Any = {"backend": "aot_eager", "compile": "layer", "verify": "off", "chunk": 32}
+    fast = fxopt.optimize(model, 64, **ways, passes={name: offload for name in what})
+    assert torch.equal(fast.generate(prompt, max_new_tokens=12, do_sample=False), want)
+    read = {"offload_weights": "weight bytes read", "offload_kv": "cache bytes read"}
+    assert all(fast.fxopt.stats[read[name]] for name in what)

@@ -37,7 +37,7 @@ def weights() -> tuple[dict[str, torch.Tensor], list[list[list[Weight]]]]:
     def weight(name: str, shape: tuple[int, ...]) -> Weight:
         tensors[name] = torch.randn(shape)
         data: Any = tensors[name].view(torch.uint8).numpy()
-        return Weight(name, "F32", shape, memoryview(data).cast("B"))
+        return Weight(name, "F32", shape, tensors[name].nbytes, lambda: memoryview(data).cast("B"))
 
     layers = [[[weight(*each) for each in group] for group in groups] for groups in LAYERS]
     return tensors, layers

@@ -1,4 +1,4 @@
-"""A ring of slots that a thread fills ahead of whoever reads them.
+"""A ring of slots that are filled ahead of whoever reads them.
 
     with ring.step():                  # one pass over the layers, in order
         for layer in layers:
@@ -9,6 +9,9 @@
 What a layer has left in its slot can be stored before that. The order is known and comes again with
 every step, so the last layers of a step let the first ones of the next be read. A step that ends half
 way leaves the ring somewhere; the next one begins anew.
+
+Slots may lie on a device. Then the lanes wait for each other, and nobody waits for them: what computes waits
+until the slot is filled, and what fills it again until the layer has run (:mod:`fxopt.offload.lanes`).
 """
 
 from __future__ import annotations
@@ -17,153 +20,66 @@ import atexit
 import contextlib
 import functools
 import threading
-import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from fxopt.offload.errors import StoreError
+from fxopt.offload.lanes import HostLanes, Lanes, Mark
 from fxopt.offload.store import Store
-
-#: Stores what a layer has left in its slot; returns the bytes.
-Leave = Callable[[memoryview], int]
+from fxopt.offload.tally import Tally
+from fxopt.offload.work import AtOnce, Hand, Leave, Reader, Ticket, Work
 
 _rings: weakref.WeakSet[Ring] = weakref.WeakSet()
-_readers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # also of rings that are gone
+_readers: weakref.WeakSet[Hand] = weakref.WeakSet()  # also of rings that are gone
 
 LOOK = 1.0  # seconds after which a waiting thread looks whether the reader is still there
+SHORTEST = 20e-6  # seconds; what takes less was no wait, but looking at the clock
 
 
 @dataclass
-class Counters:
-    """What has happened so far. ``exposed`` is how long layers have waited."""
+class _Step:
+    """One that went through, and is not counted yet: where it began and ended, and where it may have waited."""
 
-    steps: int = 0
-    reads: int = 0
-    nbytes: int = 0  # read
-    stored: int = 0  # bytes that layers have left in their slots
-    waits: int = 0  # layers whose slot was not filled yet
-    exposed: float = 0.0  # seconds
-    reading: float = 0.0  # seconds that the reader was busy
-    stepping: float = 0.0  # seconds of whole steps
-    restarts: int = 0  # after steps that ended half way, and when what is stored has changed
-
-
-@dataclass
-class Steps:
-    """The steps of one kind, such as those that decode; seconds."""
-
-    count: int = 0
-    seconds: float = 0.0
-    exposed: float = 0.0
-    waits: int = 0
-
-
-class Tally:
-    """What rings have done: one, or several that are counted together."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counters = Counters()
-        self._kinds: dict[str, Steps] = {}
-
-    @property
-    def counters(self) -> Counters:
-        """A copy."""
-        with self._lock:
-            return replace(self._counters)
-
-    @property
-    def kinds(self) -> dict[str, Steps]:
-        """What steps of each kind took; a copy."""
-        with self._lock:
-            return {kind: replace(steps) for kind, steps in self._kinds.items()}
-
-    def add(self, **amounts: float) -> None:
-        """Add to counters, from whatever thread."""
-        with self._lock:
-            for name, amount in amounts.items():
-                setattr(self._counters, name, getattr(self._counters, name) + amount)
-
-    def add_step(self, kind: str, seconds: float, exposed: float, waits: int) -> None:
-        self.add(steps=1, stepping=seconds)
-        with self._lock:
-            found = self._kinds.setdefault(kind, Steps())
-            found.count, found.seconds = found.count + 1, found.seconds + seconds
-            found.exposed, found.waits = found.exposed + exposed, found.waits + waits
-
-    def begin_anew(self) -> None:
-        """Forget what was counted so far."""
-        with self._lock:
-            self._counters, self._kinds = Counters(), {}
-
-
-@dataclass
-class _Ticket:
-    """Something for the reader to do; nothing, to ask whether all before it is done."""
-
-    job: Callable[[], None] | None = None
-    slot: int = 0
-    generation: int | None = None  # None: to be done whatever happens
-    done: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
-
-
-class _Work:
-    """What the reader holds: nothing that would keep the ring alive."""
-
-    def __init__(self, store: Store, slots: Sequence[memoryview], tally: Tally) -> None:
-        self.store, self.slots, self.tally = store, tuple(slots), tally
-        self.tickets: SimpleQueue[_Ticket | None] = SimpleQueue()
-        self.generation = 0  # slots are not filled for earlier ones
-
-    def serve(self) -> None:
-        while (ticket := self.tickets.get()) is not None:
-            try:
-                if ticket.job is not None and ticket.generation in (None, self.generation):
-                    ticket.job()
-            except BaseException as error:  # whatever it is, somebody waits for it
-                ticket.error = error
-            ticket.job = None  # and what it holds
-            ticket.done.set()
-        self.store.close()
-
-    def fill(self, layer: int, slot: int) -> None:
-        started = time.perf_counter()
-        nbytes = self.store.fill(layer, self.slots[slot])
-        self.tally.add(nbytes=nbytes, reads=1, reading=time.perf_counter() - started)
-
-    def keep(self, leave: Leave, slot: int) -> None:
-        self.tally.add(stored=leave(self.slots[slot]))
+    kind: str
+    start: Mark
+    end: Mark
+    waits: Sequence[tuple[Mark, Mark]]
 
 
 class Ring:
-    """Slots for the layers in ``order``, filled by a thread of their own. ``what`` lies there, for sentences."""
+    """Slots for the layers in ``order``. ``what`` lies there, for sentences.
+
+    They are filled by a thread, or ``at_once`` if the store only asks the lanes for copies.
+    """
 
     def __init__(
         self,
         store: Store,
         order: Sequence[int],
-        slots: Sequence[memoryview],
+        slots: Sequence[Any],
         *,
         what: str = "weights",
         tally: Tally | None = None,
+        lanes: Lanes | None = None,
+        at_once: bool = False,
     ) -> None:
         self.order = tuple(order)
         self.slots = len(slots)
         self.tally = Tally() if tally is None else tally
         self._what = what
-        self._work = _Work(store, slots, self.tally)
-        self._reader = threading.Thread(target=self._work.serve, name=f"fxopt {what}", daemon=True)
-        self._reader.start()
+        self._lanes: Lanes = HostLanes() if lanes is None else lanes
+        self._work = Work(store, slots, self.tally, self._lanes)
+        self._reader: Hand = AtOnce(self._work) if at_once else _started(Reader(self._work, f"fxopt {what}"))
         self._lock = threading.RLock()
-        self._tickets: deque[_Ticket] = deque()  # in the order of the layers; the first is the next to be read
+        self._tickets: deque[Ticket] = deque()  # in the order of the layers; the first is the next to be read
         self._turn = 0  # slots asked for since the last restart
         self._whole = False  # whether the last step went through
-        self._exposed, self._waits = 0.0, 0  # of this step
-        self.close = weakref.finalize(self, self._work.tickets.put, None)
+        self._waits: list[tuple[Mark, Mark]] = []  # of this step
+        self._steps: deque[_Step] = deque()  # that are not counted yet
+        self.close = weakref.finalize(self, self._reader.put, None)
         _rings.add(self)
         _readers.add(self._reader)
 
@@ -171,13 +87,14 @@ class Ring:
     def step(self, kind: str = "") -> Iterator[None]:
         """One pass over all layers; others wait until it is through."""
         with self._lock:
-            started = time.perf_counter()
+            start = self._lanes.computed()
             if not self._whole:
                 self._restart()
-            self._whole, self._exposed, self._waits = False, 0.0, 0
+            self._whole, self._waits = False, []
             yield
             self._whole = True
-            self.tally.add_step(kind, time.perf_counter() - started, self._exposed, self._waits)
+            self._steps.append(_Step(kind, start, self._lanes.computed(), self._waits))
+            self._count()
 
     @property
     def is_served(self) -> bool:
@@ -195,44 +112,47 @@ class Ring:
             self._whole = False
 
     def wait(self) -> int:
-        """The slot of the next layer, when it is filled."""
-        ticket = self._tickets[0]
+        """The slot of the next layer; what computes from here on finds it filled."""
+        ticket, start = self._tickets[0], self._lanes.computed()
         if not ticket.done.is_set():
-            started = time.perf_counter()
             self._until(ticket)
-            waited = time.perf_counter() - started
-            self._exposed, self._waits = self._exposed + waited, self._waits + 1
-            self.tally.add(exposed=waited, waits=1)
         if ticket.error is not None:
             raise self._told(ticket.error) from ticket.error
+        self._lanes.compute_after(ticket.past)
+        self._waits.append((start, self._lanes.computed()))
         return ticket.slot
 
     def free(self, leave: Leave | None = None) -> None:
         """Let go of the slot that was waited for, and have it filled for the layer whose turn comes next.
 
-        ``leave`` is called by the reader before that, even if this step ends half way.
+        ``leave`` is called before that, even if this step ends half way.
         """
-        slot = self._tickets.popleft().slot
+        slot, after = self._tickets.popleft().slot, self._lanes.computed()
         if leave is not None:
-            self._work.tickets.put(_Ticket(functools.partial(self._work.keep, leave, slot)))
-        self._ask()
+            self._reader.put(Ticket(functools.partial(self._work.keep, leave, slot), after=after))
+        self._ask(after)
 
     def settle(self) -> None:
-        """Wait until everything that was asked for is done."""
+        """Wait until everything that was asked for is done, and all steps are counted."""
         with self._lock:
-            self._until(self._last())
+            ticket = self._last()
+            self._until(ticket)
+            self._lanes.reach(ticket.past)
+            if self._steps:
+                self._lanes.reach(self._steps[-1].end)
+            self._count()
 
-    def _ask(self) -> None:
+    def _ask(self, after: Mark) -> None:
         layer, slot = self.order[self._turn % len(self.order)], self._turn % self.slots
-        ticket = _Ticket(functools.partial(self._work.fill, layer, slot), slot, self._work.generation)
+        ticket = Ticket(functools.partial(self._work.fill, layer, slot), slot, self._work.generation, after)
         self._turn += 1
         self._tickets.append(ticket)
-        self._work.tickets.put(ticket)
+        self._reader.put(ticket)
 
-    def _last(self) -> _Ticket:
+    def _last(self) -> Ticket:
         """A ticket that is done when all before it are."""
-        ticket = _Ticket()
-        self._work.tickets.put(ticket)
+        ticket = Ticket()
+        self._reader.put(ticket)
         return ticket
 
     def _restart(self) -> None:
@@ -243,14 +163,28 @@ class Ring:
         self._until(self._last())
         self._tickets.clear()
         self._turn = 0
+        after = self._lanes.computed()
         for _ in range(self.slots):
-            self._ask()
+            self._ask(after)
 
-    def _until(self, ticket: _Ticket) -> None:
+    def _count(self) -> None:
+        """Count the steps that are known to have ended."""
+        self._work.count_reading()
+        while self._steps:
+            step = self._steps[0]
+            seconds = self._lanes.seconds(step.start, step.end)
+            if seconds is None:
+                return
+            self._steps.popleft()
+            waited = [self._lanes.seconds(*wait) or 0.0 for wait in step.waits]
+            long = [each for each in waited if each > SHORTEST]
+            self.tally.add_step(step.kind, seconds, sum(long), len(long))
+
+    def _until(self, ticket: Ticket) -> None:
         while not ticket.done.wait(LOOK):
             if not self._reader.is_alive() and not ticket.done.is_set():
                 raise StoreError(
-                    f"the thread that reads {self._what} is gone: the model was closed, or this process was forked "
+                    f"{self._reader.called} {self._what} is gone: the model was closed, or this process was forked "
                     "from the one that had it. Call fxopt.optimize in the process that generates"
                 )
 
@@ -258,6 +192,11 @@ class Ring:
         if isinstance(error, StoreError):
             return StoreError(str(error))
         return StoreError(f"{self._what} could not be read ({type(error).__name__}: {error})")
+
+
+def _started(reader: Reader) -> Reader:
+    reader.start()
+    return reader
 
 
 def _stop_readers() -> None:

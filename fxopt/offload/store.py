@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fxopt.offload.watched_file import WatchedFile
 
@@ -16,8 +16,8 @@ from fxopt.offload.watched_file import WatchedFile
 class Store(Protocol):
     """Fills slots, from whatever thread."""
 
-    def fill(self, layer: int, slot: memoryview) -> int:
-        """Put the weights of a layer into a slot; returns the bytes."""
+    def fill(self, layer: int, slot: Any) -> int:
+        """Put the weights of a layer into a slot, or ask for that; returns the bytes."""
 
     def close(self) -> None:
         """Let go of files; nothing is filled afterwards."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fxopt.offload.placement import Placement
 from fxopt.offload.prediction import Prediction
-from fxopt.offload.ring import Steps
+from fxopt.offload.tally import Steps
 
 
 @dataclass(kw_only=True)
@@ -18,6 +18,7 @@ class StreamUse:
 
     placement: Placement
     store: str  # "cpu" or "disk"
+    device: str = "cpu"  # that the slots lie on
     context: int  # rows of the cache that were filled when a step was timed
     bandwidth: float = 0.0  # bytes per second, measured
     predicted: Prediction | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,8 @@ class Weight:
     name: str
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
-    data: memoryview
+    nbytes: int
+    read: Callable[[], memoryview]
 
 
 Group = Sequence[Weight]  # weights without a gap between them
@@ -57,7 +58,7 @@ def arrange(layers: Sequence[Sequence[Group]]) -> Written:
         start = end
         for group in groups:
             for weight in group:
-                put(weight.name, weight.dtype, weight.shape, len(weight.data))
+                put(weight.name, weight.dtype, weight.shape, weight.nbytes)
             if gap := -end % ALIGN:
                 put(f"gap.{end}", "U8", (gap,), gap)
         blocks.append((start, end - start))
@@ -94,8 +95,8 @@ def _pieces(made: Written, layers: Sequence[Sequence[Group]]) -> Iterator[memory
     for groups in layers:
         for group in groups:
             for weight in group:
-                yield weight.data
-                end += len(weight.data)
+                yield weight.read()
+                end += weight.nbytes
             if gap := -end % ALIGN:
                 yield memoryview(bytes(gap))
                 end += gap
