@@ -6,6 +6,7 @@ answers are compared (:mod:`fxopt.distance`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Sequence
@@ -32,8 +33,10 @@ from fxopt.program import (
     value_name,
     whole_windows,
 )
-from fxopt.scenarios import Answer, Answered, Scenario, answered, answered_rounded
+from fxopt.rounded_weights import RoundedWeights
+from fxopt.scenarios import Answer, Answered, Scenario, answered, answered_rounded, ask
 from fxopt.specialise import Role
+from fxopt.weight_formats import CodedWeight
 
 SMALL_CHUNK = 16  # so that a short prompt crosses the borders of chunks
 GRAPH_BATCH = 2  # of the checks of a graph that holds for any batch
@@ -49,6 +52,9 @@ class Judge:
         self._max_len = max_len
         self._batches = (0, 0)  # of the answers that are kept; graphs are judged in the order of their batches
         self._answered: list[Answered] = []
+        self._plain: list[Answer] = []  # what the stock model says with its own weights, if others are rounded
+        self._weights: tuple[CodedWeight, ...] = ()  # that are rounded in the answers
+        self._rounding: RoundedWeights | None = None
         self._rounded: list[Answer] = []  # over caches in these formats
         self._formats: tuple[KVShape, ...] = ()
 
@@ -81,18 +87,16 @@ class Judge:
     @torch.no_grad()
     def _compare(self, batches: tuple[int, int], fed: Feeder, what: str, facts: Facts) -> Verdict:
         started = time.perf_counter()
-        if batches != self._batches:
-            near, far = batches
-            self._answered, self._rounded = [], []
-            each = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
-            self._answered, self._batches = list(each), batches
+        if (batches, facts.weights) != (self._batches, self._weights):
+            self._ask_anew(batches, facts)
         found: list[Difference] = []
         cases = list(zip(self._answered, self._over(facts), strict=True))
         for case, rounded in cases:
             answer = _feed(fed(case.scenario), case.scenario)
             found += differences(case, answer) if rounded is None else differences_over(case, rounded, answer)
         worst = max(found, key=lambda difference: difference.share)
-        check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started, _note(facts, cases))
+        note = _note(facts, cases, self._plain)
+        check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started, note)
         wrong = [difference for difference in found if difference.share > 1.0]
         if not wrong:
             return check, None
@@ -100,25 +104,45 @@ class Judge:
         others = f" (and {len(wrong) - 1} more of {len(found)} numbers compared)" if len(wrong) > 1 else ""
         return check, wrong[0].sentence + others
 
+    def _ask_anew(self, batches: tuple[int, int], facts: Facts) -> None:
+        """What the stock model says, with weights rounded as in these facts; and without, to say how far that is."""
+        near, far = batches
+        self._answered, self._plain, self._rounded = [], [], []
+        if facts.weights != self._weights:
+            self._rounding = RoundedWeights(self._model, facts.weights) if facts.weights else None
+        with self._rounding or contextlib.nullcontext():
+            each = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
+            self._answered = list(each)
+        if facts.weights:
+            self._plain = [ask(self._model, case.scenario) for case in self._answered]
+        self._batches, self._weights = batches, facts.weights
+
     def _over(self, facts: Facts) -> Sequence[Answer | None]:
         """What the stock model says over caches in these formats; None if rows are kept as they are."""
         if not facts.formats:
             return [None] * len(self._answered)
         if self._formats != facts.layers or not self._rounded:
-            self._rounded = [answered_rounded(self._model, case.scenario, facts) for case in self._answered]
+            with self._rounding or contextlib.nullcontext():
+                self._rounded = [answered_rounded(self._model, case.scenario, facts) for case in self._answered]
             self._formats = facts.layers
         return self._rounded
 
 
-def _note(facts: Facts, cases: Sequence[tuple[Answered, Answer | None]]) -> str:
-    """What the formats of the cache do to the stock model itself."""
-    each = [moved(case, rounded) for case, rounded in cases if rounded is not None]
-    if not each:
+def _note(facts: Facts, cases: Sequence[tuple[Answered, Answer | None]], plain: Sequence[Answer]) -> str:
+    """What the formats of weights and of the cache do to the stock model itself."""
+    if not facts.rounds:
         return ""
+    exact = plain or [case.stock for case, _ in cases]
+    each = [
+        moved(replace(case, stock=before), rounded or case.stock)
+        for (case, rounded), before in zip(cases, exact, strict=True)
+    ]
     found = functools.reduce(Moved.__or__, each)
+    how = [f"with weights of {' and '.join(facts.weight_formats)}"] if facts.weights else []
+    how += [f"over a cache of {' and '.join(facts.formats)}"] if facts.formats else []
     return (
-        f"beside the stock model over a cache of {' and '.join(facts.formats)}, which itself moves its rows by up "
-        f"to {found.rows:.1e} and its logits by up to {found.logits:.1e} of their length"
+        f"beside the stock model {' '.join(how)}, which itself moves its rows by up to {found.rows:.1e} and its logits "
+        f"by up to {found.logits:.1e} of their length"
     )
 
 

@@ -18,7 +18,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxopt.kv_formats import FORMATS, NOW, FormatName, KVFormat, Part, Run, turned
-from fxopt.weight_formats import CodedWeight
+from fxopt.weight_formats import CodedWeight, WeightFormatName
 
 INPUT_IDS = "input_ids"  # [B, S]
 ATTENTION_MASK = "attention_mask"  # [B, N], 1 where a row of the cache may be attended to
@@ -153,6 +153,11 @@ class Facts:
         """The formats that any of the buffers is in, other than the model's own dtype."""
         named = (name for layer in self.layers for name in (layer.key_format, layer.value_format))
         return tuple(dict.fromkeys(name for name in named if name))
+
+    @property
+    def weight_formats(self) -> tuple[WeightFormatName, ...]:
+        """The formats that any of the weights is in."""
+        return tuple(dict.fromkeys(one.dtype for one in self.weights))
 
     @property
     def rounds(self) -> bool:

@@ -196,6 +196,11 @@ class CodedWeight:
         made = [self.format.encode(one.detach().t() if self.turned else one.detach()) for one in weights]
         return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*made, strict=True))
 
+    def numbers(self, parts: Sequence[Tensor]) -> int:
+        """How many numbers its codes stand for."""
+        codes = parts[0]
+        return codes.numel() * (2 if codes.dtype is torch.uint8 else 1)
+
     def decoded(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
         """What the model would have to have to say the same."""
         weight: Tensor = self.format.decode(NOW, parts, width).to(dtype)
@@ -203,4 +208,4 @@ class CodedWeight:
 
 
 def weight_format(dtype: WeightFormatName, group: int | None) -> WeightFormat:
-    return EightBits() if dtype == "int8" else FourBits(group or GROUP)
+    return FourBits(group or GROUP) if dtype == "int4" else EightBits()

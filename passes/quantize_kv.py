@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from fxopt.attention import MATMULS, Attention, RowWrite, consumers

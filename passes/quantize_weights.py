@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch.fx import Node
 
 from fxopt.errors import InvalidRequestError
 from fxopt.program import Program
 from fxopt.rewrite import Pass
 from fxopt.views import ExpertMatmul, Projection, upstream
 from fxopt.weight_formats import (
+    GROUP,
     LEAST_GROUP,
     WEIGHT_FORMATS,
     CodedWeight,
@@ -42,14 +44,19 @@ class QuantizeWeights(Pass[Projection | ExpertMatmul]):
 
     dtype: WeightFormatName = "int8"
     group: int | None = None  # numbers with a scale of their own, of int4
-    lm_head: bool = False
+    lm_head: WeightFormatName | None = "int8"  # the format of the head of the model; None leaves it as it is
 
     def __post_init__(self) -> None:
         if self.dtype not in WEIGHT_FORMATS:
             raise InvalidRequestError(f"dtype={self.dtype!r} is no format; there are {', '.join(WEIGHT_FORMATS)}")
+        if self.lm_head is not None and self.lm_head not in WEIGHT_FORMATS:
+            formats = ", ".join(WEIGHT_FORMATS)
+            raise InvalidRequestError(
+                f"lm_head={self.lm_head!r} is no format; there are {formats}, and None to leave it"
+            )
         if self.group is None:
             return
-        if self.dtype != "int4":
+        if "int4" not in (self.dtype, self.lm_head):
             raise InvalidRequestError(f"group={self.group!r} is for int4; {self.dtype} has one scale for each row")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < LEAST_GROUP:
             raise InvalidRequestError(f"group={self.group!r} is no whole number of at least {LEAST_GROUP}")
@@ -62,8 +69,8 @@ class QuantizeWeights(Pass[Projection | ExpertMatmul]):
         calls = frozenset(node.target for node in found)
         choosing = [node for node in program.graph.nodes if node.target is aten.topk.default]
         left = {linear for node in choosing for linear in upstream(node, calls)}  # one turned over is another expert
-        if not self.lm_head:
-            left |= upstream(program.logits(), calls)
+        if self.lm_head is None:
+            left |= _heads(program, calls)
         for node in program.graph.nodes:
             if (site := found.get(node)) is not None and node not in left:
                 if coded_weight(program, site.weight) is None:  # else it was done before
@@ -80,8 +87,9 @@ class QuantizeWeights(Pass[Projection | ExpertMatmul]):
             return (
                 f"{site.node}: its weight {site.weight} is computed in the graph, so it cannot be rounded ahead of time"
             )
-        why = weight_format(self.dtype, self.group).obstacle(site.width)
-        return None if why is None else f"{site.node} cannot be kept as {self.dtype}: {why}"
+        dtype, group = self._format(program, site)
+        why = weight_format(dtype, group).obstacle(site.width)
+        return None if why is None else f"{site.node} cannot be kept as {dtype}: {why}"
 
     def rewrite(self, program: Program, site: Projection | ExpertMatmul) -> None:
         assert isinstance(site, Projection)
@@ -101,10 +109,21 @@ class QuantizeWeights(Pass[Projection | ExpertMatmul]):
         """The codes of a weight, which are made now unless another layer that shares it has them already."""
         names = tuple(str(part.target) for part in site.parts)
         name = f"coded_{names[0]}".replace(".", "_")
-        coded = CodedWeight(name, names, self.dtype, self.group, site.turned)
+        coded = CodedWeight(name, names, *self._format(program, site), site.turned)
         if coded not in program.facts.weights:
             parts = coded.encode([program.attribute(part) for part in site.parts])
             for target, part in zip(coded.parts, parts, strict=True):
                 program.gm.register_buffer(target, part)
             program.facts = replace(program.facts, weights=(*program.facts.weights, coded))
         return coded
+
+    def _format(self, program: Program, site: Projection) -> tuple[WeightFormatName, int | None]:
+        """The format of one weight, with its group if it has any."""
+        is_head = self.lm_head is not None and site.node in _heads(program, frozenset({site.node.target}))
+        dtype = self.lm_head if is_head and self.lm_head is not None else self.dtype
+        return dtype, (self.group or GROUP) if dtype == "int4" else None
+
+
+def _heads(program: Program, calls: frozenset[Any]) -> set[Node]:
+    """The last of some calls that logits are computed from."""
+    return upstream(program.logits(), calls)
