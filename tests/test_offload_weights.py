@@ -361,9 +361,7 @@ def test_a_process_with_less_memory_than_the_weights(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("streamed_pass", ["offload_weights", "offload_kv"])
 def test_the_page_runs(streamed_pass: str) -> None:
-    (block,) = (
-        found for found in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if streamed_pass in found
-    )
+    (block,) = (found for found in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if streamed_pass in found)
     prompt = torch.arange(3, 13)[None] % VOCABULARY
     model = tiny("llama", layers=4)
     space: dict[str, Any] = {"fxopt": fxopt, "model": model, "inputs": {"input_ids": prompt, "pad_token_id": 0}}
