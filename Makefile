@@ -37,12 +37,12 @@ demo: $(VENV)/.ready ## optimise SmolLM2-135M and generate with it beside the st
 bench: $(VENV)/.ready ## speed and memory beside the stock model and StaticCache + torch.compile
 	$(BIN)/fxopt bench
 
-test: $(VENV)/.ready ## all tests: the quick ones in parallel, then those that compile
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
-	$(BIN)/python -m pytest -q -m slow
+test: test-fast ## all tests: the quick ones, then those that compile, then one by one those that compare times
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 10 -m "slow and not timed"
+	$(BIN)/python -m pytest -q -m timed
 
 test-fast: $(VENV)/.ready ## the tests that do not compile
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 20 -m "not slow"
 
 golden: $(VENV)/.ready ## rewrite golden texts and generated documents, then look at the diff
 	$(BIN)/python -m pytest -q tests/test_passes.py tests/test_docs.py tests/test_write_a_pass.py --update-golden

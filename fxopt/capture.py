@@ -133,7 +133,7 @@ def _cache_holding(keys: list[Tensor], values: list[Tensor]) -> DynamicCache:
         for kept in (key, value):  # said now, or every layer would have to find it out
             torch._check(kept.shape[0] == batch and kept.shape[2] == past)
         layer = DynamicLayer()
-        layer.lazy_initialization(key, value)
+        layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
         layer.keys, layer.values = key, value
         cache.layers.append(layer)
     return cache

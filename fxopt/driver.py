@@ -38,7 +38,7 @@ def apply(rewriter: Pass[Any], program: Program) -> tuple[Program, Outcome]:
             remove_dead_code(draft)
         propagate(draft, known)
         draft.graph.lint()
-        result = draft.copy()  # a fresh module keeps only the weights that its graph still reads
+        result = draft.trimmed()
         outcome.nodes_after = len(result.graph.nodes)
         outcome.ops = _change(ops, op_counts(result))
         outcome.freed_bytes = weight_bytes - _weight_bytes(result)

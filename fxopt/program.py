@@ -261,5 +261,12 @@ class Program:
         graph.output(result)
         new_output = next(iter(reversed(graph.nodes)))
         new_output.meta = copy.copy(self.output().meta)
-        # Its Python code is written when it is first run: most copies are only read and edited.
+        return self._with(graph)
+
+    def trimmed(self) -> Program:
+        """The same graph, holding on to no other weights than those that it reads; this program is used up."""
+        return self._with(self.graph)
+
+    def _with(self, graph: torch.fx.Graph) -> Program:
+        # Its Python code is written when it is first run: most graphs are only read and edited.
         return replace(self, gm=_LazyGraphModule(self.gm, graph, class_name="CausalLM"))

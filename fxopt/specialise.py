@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -54,7 +54,7 @@ def specialise(program: Program, role: Role) -> Program:
     remove_dead_code(bound)
     bound.graph.lint()
     _check_still_symbolic(bound, role, [size for size in sizes.values() if isinstance(size, torch.SymInt)])
-    return replace(bound, gm=bound.copy().gm)
+    return bound.trimmed()
 
 
 def _sizes(program: Program, shape_env: ShapeEnv, role: Role) -> dict[sympy.Expr, int | torch.SymInt]:

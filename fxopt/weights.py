@@ -46,7 +46,7 @@ def pack(program: Program) -> Program:
             for part in concat.parts:
                 if not part.users:
                     graph.erase_node(part)
-    return packed.copy()
+    return packed.trimmed()
 
 
 def packed_bytes(program: Program) -> int:

@@ -8,6 +8,7 @@ next wider dtype: weights are widened one at a time, as they are read.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,20 +46,21 @@ class _Wide(TorchDispatchMode):
         if _is_view(func):  # widened where it is computed with
             return func(*args, **kwargs)
         if func in _GATHERS:  # all of a table, for the sake of a few rows, would be a copy of it
-            return pytree.tree_map(lambda value: self._widened(value, ()), func(*args, **kwargs))
+            return self._widened(func(*args, **kwargs), ())
         if func is aten.mm.default and args[1].dtype in self._narrow and args[1].numel() > MOST_AT_ONCE:
             columns = args[1].split(max(1, MOST_AT_ONCE // args[1].shape[0]), dim=1)
             return torch.cat([self._widened(args[0], ()) @ self._widened(part, ()) for part in columns], dim=1)
         written = _written(func, args, kwargs)
-        args, kwargs = pytree.tree_map(lambda value: self._widened(value, written), (args, kwargs))
-        return func(*args, **kwargs)
+        widened = {name: self._widened(value, written) for name, value in kwargs.items()}
+        return func(*self._widened(args, written), **widened)
 
     def _widened(self, value: Any, written: Sequence[Any]) -> Any:
-        if isinstance(value, torch.dtype):
-            return self.dtype if value in self._narrow else value
-        if isinstance(value, Tensor) and value.dtype in self._narrow and not any(value is w for w in written):
-            return value.to(self.dtype)
-        return value
+        if isinstance(value, Tensor):
+            stays = value.dtype not in self._narrow or any(value is one for one in written)
+            return value if stays else value.to(self.dtype)
+        if isinstance(value, (tuple, list)):  # operators know no other containers; pytree would take half of all time
+            return type(value)([self._widened(one, written) for one in value])
+        return self.dtype if isinstance(value, torch.dtype) and value in self._narrow else value
 
 
 class _AsWideAsItCan(TorchFunctionMode):
@@ -74,6 +76,7 @@ class _AsWideAsItCan(TorchFunctionMode):
                 return func(*args, **kwargs)
 
 
+@functools.cache  # reading a schema takes as long as a small operator
 def _is_view(func: Any) -> bool:
     schema = getattr(func, "_schema", None)  # higher-order operators have none
     returns = schema.returns if schema is not None else ()
@@ -88,9 +91,11 @@ def _narrowed(value: Any) -> Any:
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The arguments that an operator writes into: those must stay the tensors that they are."""
-    found = []
+    return [args[index] if index < len(args) else kwargs.get(name) for index, name in _written_parameters(func)]
+
+
+@functools.cache
+def _written_parameters(func: Any) -> list[tuple[int, str]]:
     schema = getattr(func, "_schema", None)
-    for index, parameter in enumerate(schema.arguments if schema is not None else ()):
-        if parameter.alias_info is not None and parameter.alias_info.is_write:
-            found.append(args[index] if index < len(args) else kwargs.get(parameter.name))
-    return found
+    parameters = enumerate(schema.arguments if schema is not None else ())
+    return [(index, one.name) for index, one in parameters if one.alias_info is not None and one.alias_info.is_write]

@@ -10,6 +10,7 @@ ALLOWED = 1.5
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_depth_costs_little() -> None:
     seconds: dict[int, float] = {}
     for _ in range(3):  # the best of a few, where something else took the machine's time

