@@ -106,22 +106,28 @@ class FourBits:
         return codes, scale, least
 
     def decode(self, run: Run, parts: Sequence[Any], width: int) -> Any:
-        halves = []
-        for half, codes in enumerate(self._halves(run, parts[0], width)):
-            scale, least = (run(aten.unsqueeze.default, self._of_half(run, part, half), -1) for part in parts[1:])
-            wide = run(aten.add.Tensor, run(aten.mul.Tensor, codes, scale), least)
-            halves.append(run(aten.flatten.using_ints, wide, -2, -1))
-        return run(aten.cat.default, halves, -1)
+        places = run.constant("coded_nibbles", torch.tensor([0, 4], dtype=torch.uint8).view(2, 1, 1))
+        twice = run(aten.unsqueeze.default, self._grouped(run, parts[0], width), 1)
+        codes = run(aten.bitwise_and.Scalar, run(aten.bitwise_right_shift.Tensor, twice, places), 15)
+        scale, least = (self._of_halves(run, part) for part in parts[1:])
+        wide = run(aten.mul.Tensor, run(aten.to.dtype, codes, torch.float32), scale)
+        return run(aten.flatten.using_ints, run(aten.add.Tensor, wide, least), 1, -1)
 
     def fold(self, width: int) -> list[int]:
         return [2, width // 2 // self._members(width), self._members(width)]
 
     def total(self, run: Run, vector: Any, parts: Sequence[Any], width: int) -> Any:
-        products = []
-        for half, codes in enumerate(self._halves(run, parts[0], width)):
-            scale = run(aten.unsqueeze.default, self._of_half(run, parts[1], half), -1)
-            product = run(aten.mul.Tensor, codes, run(aten.select.int, vector, 0, half))
-            products.append(run(aten.mul.Tensor, product, scale))
+        # Vectors of bytes cannot be shifted at once: what is above is had by subtracting, sixteen times too large.
+        grouped = self._grouped(run, parts[0], width)
+        below = run(aten.to.dtype, run(aten.bitwise_and.Scalar, grouped, 15), torch.float32)
+        above = run(aten.sub.Tensor, run(aten.to.dtype, grouped, torch.float32), below)
+        first, second = (run(aten.select.int, vector, 0, half) for half in (0, 1))
+        met = (below, first), (above, run(aten.mul.Scalar, second, 1 / 16))
+        scale = self._of_halves(run, parts[1])
+        products = [
+            run(aten.mul.Tensor, run(aten.mul.Tensor, *pair), run(aten.select.int, scale, 1, half))
+            for half, pair in enumerate(met)
+        ]
         above_least = run(aten.sum.dim_IntList, run(aten.add.Tensor, *products), [-2, -1])
         sums = run(aten.flatten.using_ints, run(aten.sum.dim_IntList, vector, [-1]), 0, -1)  # of each group
         least = run(aten.mul.Tensor, run(aten.to.dtype, parts[2], torch.float32), sums)
@@ -154,18 +160,14 @@ class FourBits:
         assert kept is not None
         return kept[1], kept[2]
 
-    def _halves(self, run: Run, codes: Any, width: int) -> list[Any]:
-        """The codes of the first half and of the second as float32 [N, G, M]."""
-        groups = run(aten.unflatten.int, codes, -1, self.fold(width)[1:])
-        below = run(aten.bitwise_and.Scalar, groups, 15)
-        above = run(aten.bitwise_right_shift.Tensor_Scalar, groups, 4)
-        return [run(aten.to.dtype, half, torch.float32) for half in (below, above)]
+    def _grouped(self, run: Run, codes: Any, width: int) -> Any:
+        """Bytes [N, G, M]."""
+        return run(aten.unflatten.int, codes, -1, self.fold(width)[1:])
 
-    def _of_half(self, run: Run, part: Any, half: int) -> Any:
-        """What the groups of a half have of a part, as float32 [N, G]."""
-        return run(
-            aten.select.int, run(aten.unflatten.int, run(aten.to.dtype, part, torch.float32), -1, [2, -1]), 1, half
-        )
+    def _of_halves(self, run: Run, part: Any) -> Any:
+        """What the groups of both halves have of a part, as float32 [N, 2, G, 1]."""
+        wide = run(aten.unflatten.int, run(aten.to.dtype, part, torch.float32), -1, [2, -1])
+        return run(aten.unsqueeze.default, wide, -1)
 
 
 def _codes(groups: Tensor, scale: Tensor, least: Tensor) -> Tensor:
