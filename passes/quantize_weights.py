@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from fxopt.errors import InvalidRequestError
@@ -65,7 +66,8 @@ class QuantizeWeights(Pass[Projection | ExpertMatmul]):
         return sum(isinstance(site, Projection) for site in self.find(program))
 
     def find(self, program: Program) -> Iterator[Projection | ExpertMatmul]:
-        found = {node: site for node in program.graph.nodes if (site := Projection.of(node)) is not None}
+        every = {node: site for node in program.graph.nodes if (site := Projection.of(node)) is not None}
+        found = {node: site for node, site in every.items() if not _is_constant(program, site)}
         calls = frozenset(node.target for node in found)
         choosing = [node for node in program.graph.nodes if node.target is aten.topk.default]
         left = {linear for node in choosing for linear in upstream(node, calls)}  # one turned over is another expert
@@ -127,3 +129,8 @@ class QuantizeWeights(Pass[Projection | ExpertMatmul]):
 def _heads(program: Program, calls: frozenset[Any]) -> set[Node]:
     """The last of some calls that logits are computed from."""
     return upstream(program.logits(), calls)
+
+
+def _is_constant(program: Program, site: Projection) -> bool:
+    """Whether it multiplies with a matrix that is no parameter, such as the one that ``quantize_kv`` turns rows with."""
+    return any(not isinstance(program.attribute(part), nn.Parameter) for part in site.parts)
