@@ -1,4 +1,4 @@
-"""What caches, or weights, of fewer bits cost: perplexity of a long text, the bytes of a token, and where greedy tokens part.
+"""What caches, or weights, of fewer bits cost: perplexity of a text, bytes of a token, where greedy tokens part.
 
     python examples/kv_perplexity.py --tokens 20480
     python examples/kv_perplexity.py --tokens 20480 --formats weights-int8 weights-int4

@@ -132,5 +132,5 @@ def _heads(program: Program, calls: frozenset[Any]) -> set[Node]:
 
 
 def _is_constant(program: Program, site: Projection) -> bool:
-    """Whether it multiplies with a matrix that is no parameter, such as the one that ``quantize_kv`` turns rows with."""
+    """Whether it multiplies with a matrix that is no parameter, as ``quantize_kv`` has one that turns rows."""
     return any(not isinstance(program.attribute(part), nn.Parameter) for part in site.parts)

@@ -41,8 +41,10 @@ RUNS = {
         "weights-int4",
     ),
     "kv_speed.py": (
-        ["--tiny", "--max-len", "64", "--filled", "40", "--steps", "2", "--rounds", "2", "--backend", "eager"]
-        + ["--formats", "int4", "weights-int8"],
+        [
+            *("--tiny", "--max-len", "64", "--filled", "40", "--steps", "2", "--rounds", "2", "--backend", "eager"),
+            *("--formats", "int4", "weights-int8"),
+        ],
         "40             weights-int8",
     ),
     "run_llama.py": (
