@@ -1,6 +1,7 @@
-"""What a cache of fewer bits costs: perplexity of a long text, the bytes of a token, and where greedy tokens part.
+"""What caches, or weights, of fewer bits cost: perplexity of a text, bytes of a token, where greedy tokens part.
 
     python examples/kv_perplexity.py --tokens 20480
+    python examples/kv_perplexity.py --tokens 20480 --formats weights-int8 weights-int4
 
 The text is the reference of the Python language that ``pydoc`` carries (``pydoc_data.topics``), cut into
 windows, each fed in chunks through the graphs that write and read the cache.
@@ -22,7 +23,7 @@ from torch import Tensor
 import fxopt
 from fxopt.demo_model import load_model
 
-FORMATS = ("full", "int8", "fp8", "int4")
+CACHES, WEIGHTS = ("full", "int8", "fp8", "int4"), ("weights-int8", "weights-int4")
 PROMPT = 64  # tokens in front of those that are generated
 
 
@@ -38,7 +39,9 @@ def windows(tokenizer: Any, tokens: int, length: int) -> Tensor:
 
 
 def optimised(model: Any, format: str, length: int, backend: str) -> Any:
-    passes = None if format == "full" else {"quantize_kv": {"kv_dtype": format}}
+    passes: dict[str, Any] = {} if format == "full" else {"quantize_kv": {"kv_dtype": format}}
+    if format in WEIGHTS:
+        passes = {"quantize_weights": {"dtype": format.removeprefix("weights-")}}
     return fxopt.optimize(model, length, passes=passes, backend=backend, verify="off")  # type: ignore[arg-type]
 
 
@@ -75,7 +78,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--new", type=int, default=128, help="greedy tokens that are compared")
-    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--formats", nargs="+", default=CACHES, choices=(*CACHES, *WEIGHTS))
     parser.add_argument("--backend", default="eager", choices=("eager", "inductor"))
     options = parser.parse_args()
     model, tokenizer = load_model(options.model, getattr(torch, options.dtype))

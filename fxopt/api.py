@@ -33,7 +33,7 @@ from fxopt.row_streams import RowStreams
 from fxopt.stream_notes import forget_timed, note_rows, note_weights, stream_outcome
 from fxopt.stream_options import StreamingPass
 from fxopt.streaming import WeightStreams, admit_streams, moved, streamed_rows
-from fxopt.weights import pack, packed_bytes
+from fxopt.weights import code_bytes, pack, packed_bytes
 
 log = logging.getLogger("fxopt")
 
@@ -108,6 +108,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     with progress.step("pack weights"):
         pipeline.program = pack(pipeline.program)
         report.packed_bytes = packed_bytes(pipeline.program)
+        report.code_bytes, report.coded_bytes = code_bytes(pipeline.program)
 
     engine = _compiled(pipeline, request.backend, request.limits, progress, weight_streams, row_streams)
     if judge is not None:

@@ -6,6 +6,7 @@ answers are compared (:mod:`fxopt.distance`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterable, Sequence
@@ -32,8 +33,10 @@ from fxopt.program import (
     value_name,
     whole_windows,
 )
-from fxopt.scenarios import Answer, Answered, Scenario, answered, answered_rounded
+from fxopt.rounded_weights import RoundedWeights
+from fxopt.scenarios import Answer, Answered, Scenario, answered, answered_rounded, ask
 from fxopt.specialise import Role
+from fxopt.weight_formats import CodedWeight
 
 SMALL_CHUNK = 16  # so that a short prompt crosses the borders of chunks
 GRAPH_BATCH = 2  # of the checks of a graph that holds for any batch
@@ -44,7 +47,9 @@ class _Answers:
     """What the stock model has said, to batches near the start of a cache and far into it."""
 
     batches: tuple[int, int]
+    weights: tuple[CodedWeight, ...]  # that were rounded
     answered: list[Answered]
+    plain: list[Answer]  # with its own weights, if others are rounded
     rounded: list[Answer] = field(default_factory=list)  # over caches in these formats
     formats: tuple[KVShape, ...] = ()
 
@@ -60,12 +65,13 @@ class Judge:
         self._max_len = max_len
         self._last: _Answers | None = None  # graphs are judged in the order of their batches
         self._ahead: list[_Answers] = []  # that were asked for before the weights moved
+        self._rounding = RoundedWeights(model, ())
 
     @torch.no_grad()
     def ask(self, batches: Iterable[int], facts: Facts) -> None:
         """Ask the stock model now what engines are compared with: without its weights it is slow, or cannot run."""
         for batch in batches:
-            found = self._answers((batch, batch))
+            found = self._answers((batch, batch), facts)
             self._over(found, facts)
             self._ahead.append(found)
 
@@ -98,14 +104,15 @@ class Judge:
     @torch.no_grad()
     def _compare(self, batches: tuple[int, int], fed: Feeder, what: str, facts: Facts) -> Verdict:
         started = time.perf_counter()
-        answers = self._answers(batches)
+        answers = self._answers(batches, facts)
         found: list[Difference] = []
         cases = list(zip(answers.answered, self._over(answers, facts), strict=True))
         for case, rounded in cases:
             answer = _feed(fed(case.scenario), case.scenario)
             found += differences(case, answer) if rounded is None else differences_over(case, rounded, answer)
         worst = max(found, key=lambda difference: difference.share)
-        check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started, _note(facts, cases))
+        note = _note(facts, cases, answers.plain)
+        check = Check(what, worst.error, worst.allowed, worst.label, time.perf_counter() - started, note)
         wrong = [difference for difference in found if difference.share > 1.0]
         if not wrong:
             return check, None
@@ -113,14 +120,18 @@ class Judge:
         others = f" (and {len(wrong) - 1} more of {len(found)} numbers compared)" if len(wrong) > 1 else ""
         return check, wrong[0].sentence + others
 
-    def _answers(self, batches: tuple[int, int]) -> _Answers:
+    def _answers(self, batches: tuple[int, int], facts: Facts) -> _Answers:
+        """What the stock model says, with weights rounded as in these facts; and without, to say how far that is."""
+        wanted = (batches, facts.weights)
         known = (*self._ahead, self._last)
-        found = next((one for one in known if one is not None and one.batches == batches), None)
+        found = next((one for one in known if one is not None and (one.batches, one.weights) == wanted), None)
         if found is None:
             self._last = None  # what it holds is let go of first
             near, far = batches
-            each = answered(self._model, batch=near, far_batch=far, max_len=self._max_len)
-            found = self._last = _Answers(batches, list(each))
+            with self._rounded(facts):
+                each = list(answered(self._model, batch=near, far_batch=far, max_len=self._max_len))
+            plain = [ask(self._model, case.scenario) for case in each] if facts.weights else []
+            found = self._last = _Answers(batches, facts.weights, each, plain)
         return found
 
     def _over(self, answers: _Answers, facts: Facts) -> Sequence[Answer | None]:
@@ -128,20 +139,35 @@ class Judge:
         if not facts.formats:
             return [None] * len(answers.answered)
         if answers.formats != facts.layers or not answers.rounded:
-            answers.rounded = [answered_rounded(self._model, case.scenario, facts) for case in answers.answered]
+            with self._rounded(facts):
+                answers.rounded = [answered_rounded(self._model, case.scenario, facts) for case in answers.answered]
             answers.formats = facts.layers
         return answers.rounded
 
+    def _rounded(self, facts: Facts) -> contextlib.AbstractContextManager[Any]:
+        """The stock model has rounded weights meanwhile, if the graph has."""
+        if not facts.weights:
+            return contextlib.nullcontext()
+        if self._rounding.weights != facts.weights:
+            self._rounding = RoundedWeights(self._model, facts.weights)
+        return self._rounding
 
-def _note(facts: Facts, cases: Sequence[tuple[Answered, Answer | None]]) -> str:
-    """What the formats of the cache do to the stock model itself."""
-    each = [moved(case, rounded) for case, rounded in cases if rounded is not None]
-    if not each:
+
+def _note(facts: Facts, cases: Sequence[tuple[Answered, Answer | None]], plain: Sequence[Answer]) -> str:
+    """What the formats of weights and of the cache do to the stock model itself."""
+    if not facts.rounds:
         return ""
+    exact = plain or [case.stock for case, _ in cases]
+    each = [
+        moved(replace(case, stock=before), rounded or case.stock)
+        for (case, rounded), before in zip(cases, exact, strict=True)
+    ]
     found = functools.reduce(Moved.__or__, each)
+    how = [f"with weights of {' and '.join(facts.weight_formats)}"] if facts.weights else []
+    how += [f"over a cache of {' and '.join(facts.formats)}"] if facts.formats else []
     return (
-        f"beside the stock model over a cache of {' and '.join(facts.formats)}, which itself moves its rows by up "
-        f"to {found.rows:.1e} and its logits by up to {found.logits:.1e} of their length"
+        f"beside the stock model {' '.join(how)}, which itself moves its rows by up to {found.rows:.1e} and its logits "
+        f"by up to {found.logits:.1e} of their length"
     )
 
 

@@ -76,7 +76,7 @@ def load(
     with progress.step("load compiled code"):
         pieces = {one.role: saved.code(one) for one in saved.roles if one.pieces and code != "again"}
     with progress.step("pack weights"):
-        weights = weights_from(saved.sources, saved.constants, model, model.device)
+        weights = weights_from(saved.sources, saved.constants, model, saved.facts)
     engine, symbolic = _engine(saved, weights, pieces, progress)
     return make_fast(model, engine, symbolic, saved.report, saved.recipe)
 
@@ -108,7 +108,7 @@ class _Saved:
         facts = read_facts(manifest.get("facts"), asdict(request), model.device)
         sources = from_plain(dict[str, Source], archive.json("weights.json"), "weights.json")
         constants = read_constants(archive.file("constants.safetensors"), "constants.safetensors")
-        check_sources(sources, constants, model, "weights.json")
+        check_sources(sources, constants, model, facts, "weights.json")
 
         def draft(name: str) -> Draft:
             found = read_graph(archive.json(name), model.device, name)

@@ -30,6 +30,7 @@ from fxopt.errors import ArtifactError, InvalidRequestError
 from fxopt.offload.tally import Counters
 from fxopt.program import Program
 from fxopt.report import Report
+from fxopt.rounded_weights import own_name
 from fxopt.stream_options import StreamingPass
 from fxopt.weights import WeightWatch
 
@@ -53,7 +54,8 @@ class Handle:
         self._symbolic = symbolic
         self._recipe = recipe
         self.parameters = tuple(inspect.signature(model.forward).parameters)
-        self.watch = WeightWatch(model)
+        rounded = [own_name(name) for coded in engine.facts.weights for name in coded.of]
+        self.watch = WeightWatch(model, rounded)
         self.depth = depth_of(model.config)
 
     @property

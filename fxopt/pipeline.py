@@ -58,7 +58,7 @@ class Pipeline:
         self._outcomes: dict[str, Outcome] = {}
         self._dropped: dict[str, str] = {}
         self._last_check: Check | None = None
-        self._exact: Program | None = None  # before a pass made the cache keep rows in fewer bits
+        self._exact: Program | None = None  # before a pass rounded weights or what the cache keeps
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -151,7 +151,7 @@ class Pipeline:
         return checks
 
     def _judged(self) -> tuple[list[Check], str | None]:
-        """The program, and before that what it was while the cache still held rows as the model computes them."""
+        """The program, and before that what it was while nothing was rounded yet."""
         assert self.policy.judge is not None
         checks: list[Check] = []
         for program in (self._exact, self.program):
@@ -229,7 +229,7 @@ class Pipeline:
             if noted:
                 self._insist(outcome)
             if not noted or self._is_right(rewriter, result, outcome, judged):
-                if result.facts.formats and not program.facts.formats:
+                if result.facts.rounds and not program.facts.rounds:
                     self._exact = program
                 program = result
         return program

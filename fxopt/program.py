@@ -18,6 +18,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxopt.kv_formats import FORMATS, NOW, FormatName, KVFormat, Part, Run, turned
+from fxopt.weight_formats import CodedWeight, WeightFormatName
 
 INPUT_IDS = "input_ids"  # [B, S]
 ATTENTION_MASK = "attention_mask"  # [B, N], 1 where a row of the cache may be attended to
@@ -116,7 +117,7 @@ class KVShape:
 class Facts:
     """What is true of the model and of this request, whatever the graph looks like.
 
-    How rows are kept is the one thing that a pass may change, with the buffers of its graph.
+    How rows of the cache and weights are kept is what a pass may change, with the buffers of its graph.
     """
 
     layers: tuple[KVShape, ...]
@@ -130,6 +131,7 @@ class Facts:
     output_class: type  # what the model's forward returns
     backend: str = "eager"  # what the graphs will be handed to
     compile: str = "whole"  # in which pieces: "whole", "layer", or "auto"
+    weights: tuple[CodedWeight, ...] = ()  # that lie in the graph as codes
 
     def rows(self, layer: int) -> tuple[Rows, Rows]:
         """How the K and the V of a layer are kept."""
@@ -151,6 +153,16 @@ class Facts:
         """The formats that any of the buffers is in, other than the model's own dtype."""
         named = (name for layer in self.layers for name in (layer.key_format, layer.value_format))
         return tuple(dict.fromkeys(name for name in named if name))
+
+    @property
+    def weight_formats(self) -> tuple[WeightFormatName, ...]:
+        """The formats that any of the weights is in."""
+        return tuple(dict.fromkeys(one.dtype for one in self.weights))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the graph says what the stock model would say with rounded weights, or over a rounded cache."""
+        return bool(self.formats or self.weights)
 
     @property
     def layered(self) -> bool:

@@ -41,6 +41,8 @@ class ReportData:
     streamed_weights: WeightUse | None = None  # where offload_weights has moved some
     streamed_cache: CacheUse | None = None  # where offload_kv was asked for
     packed_bytes: int = 0
+    code_bytes: int = 0  # of weights that quantize_weights has rounded
+    coded_bytes: int = 0  # of the same weights as the model has them
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -87,6 +87,8 @@ def _data(report: ReportData) -> dict[str, Any]:
             "batch": report.batch,
             "context": report.context,
             "packed_bytes": report.packed_bytes,
+            "code_bytes": report.code_bytes,
+            "coded_bytes": report.coded_bytes,
             "checks": [asdict(check) for check in report.checks],
             "proofs": [{"name": name, **asdict(proof)} for name, proof in report.proofs.items()],
             "graphs": list(report.graphs.items()),

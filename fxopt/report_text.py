@@ -130,6 +130,9 @@ def _closing(report: ReportData) -> Iterator[str]:
         lines.append(_arena(list(report.arenas.values())))
     if report.packed_bytes:
         lines.append(f"packed weights: {size(report.packed_bytes)}B re-seated, no second copy")
+    if report.code_bytes:
+        codes, weights = size(report.code_bytes), size(report.coded_bytes)
+        lines.append(f"rounded weights: {codes}B of codes and scales are read, beside the stock model's own {weights}B")
     if report.seconds:
         lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     for line in lines:

@@ -91,7 +91,7 @@ class Answered:
 def answered(model: PreTrainedModel, *, batch: int, far_batch: int, max_len: int) -> Iterator[Answered]:
     """Every scenario that fits into ``max_len``, answered by the stock model."""
     first = _padded_prompt(model, batch, max_len)
-    stock = _ask(model, first)
+    stock = ask(model, first)
     mixture = _is_mixture(model)
     yield Answered(first, stock, _truth(model, first, stock), mixture)
     row_bytes = sum(rows[:, :, 0].nbytes for rows in (*stock.keys, *stock.values)) * far_batch // batch
@@ -100,7 +100,7 @@ def answered(model: PreTrainedModel, *, batch: int, far_batch: int, max_len: int
             log.warning("not verified %s: a cache of %d bytes would be needed for it", name, start * row_bytes)
             continue
         scenario = _far(first, stock, name, start, far_batch)
-        answer = _ask(model, scenario)
+        answer = ask(model, scenario)
         yield Answered(scenario, answer, _truth(model, scenario, answer), mixture)
 
 
@@ -178,7 +178,7 @@ def _truth(model: PreTrainedModel, scenario: Scenario, stock: Answer) -> Answer 
     if dtype is None:
         return None
     try:
-        return _ask(model, scenario, wide(dtype))
+        return ask(model, scenario, wide(dtype))
     except Exception as error:  # a kernel of the model's own (flash attention) may know one dtype alone
         log.warning("%s does not run in %s (%s): it is compared with as it is", type(model).__name__, dtype, error)
         return None
@@ -196,7 +196,7 @@ def answered_rounded(model: PreTrainedModel, scenario: Scenario, facts: Facts) -
     for layer, rows in enumerate(kept):
         behind = _BehindPast(past, layer) if past.picked is not None else DynamicLayer()
         cache.layers.append(_Rounding(rows, behind))
-    return _ask(model, scenario, cache=cache)
+    return ask(model, scenario, cache=cache)
 
 
 def _rounded(kept: tuple[Rows, Rows], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def _rounded(kept: tuple[Rows, Rows], keys: Tensor, values: Tensor) -> tuple[Ten
     return key, value
 
 
-def _ask(
+def ask(
     model: PreTrainedModel,
     scenario: Scenario,
     mode: contextlib.AbstractContextManager[Any] | None = None,

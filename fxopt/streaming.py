@@ -23,6 +23,7 @@ from fxopt.offload.store import Store
 from fxopt.offload.use import WeightUse
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
+from fxopt.passes.quantize_weights import QuantizeWeights
 from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
 from fxopt.row_streams import RowStreams
@@ -32,6 +33,12 @@ from fxopt.streamed_chain import RingFeed, Views
 
 def admit_streams(passes: Iterable[Pass[Any]], facts: Facts) -> None:
     """Raise a sentence if weights or the cache are to be streamed, and cannot be."""
+    passes = tuple(passes)
+    if {OffloadWeights, QuantizeWeights} <= {type(one) for one in passes}:
+        raise InvalidRequestError(
+            "offload_weights streams the model's own weights, and with quantize_weights the graphs read codes instead; "
+            "leave one of the two out (offload_kv goes with both)"
+        )
     for rewriter in passes:
         if isinstance(rewriter, StreamingPass) and (why := _unstreamable(facts)) is not None:
             raise InvalidRequestError(f"{rewriter.name} cannot be applied: {why}")

@@ -135,6 +135,51 @@ class Linear:
         return int(shape(self.weight)[0])
 
 
+#: Calls that hand out a matrix with its dimensions swapped.
+_SWAPS = frozenset({aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.permute.default})
+
+
+@dataclass(frozen=True)
+class Projection:
+    """``node`` is ``x`` times a weight of the model, plus a bias, by whatever operator."""
+
+    node: Node
+    x: Node
+    weight: Node  # [N, K]; or [K, N], if it is turned
+    bias: Node | None
+    turned: bool = False
+
+    @classmethod
+    def of(cls, node: Node) -> Projection | None:
+        if (linear := Linear.of(node)) is not None:
+            return cls(node, linear.x, linear.weight, linear.bias)
+        if node.target is aten.addmm.default:
+            values = arguments(node)
+            if values["beta"] == values["alpha"] == 1 and values["mat2"].op == "get_attr":
+                return cls(node, values["mat1"], values["mat2"], values["self"], turned=True)
+        if node.target is aten.matmul.default or node.target is aten.mm.default:
+            x, weight = node.args
+            assert isinstance(x, Node) and isinstance(weight, Node)
+            if weight.op == "get_attr" and len(shape(weight)) == 2:
+                return cls(node, x, weight, None, turned=True)
+            if weight.target in _SWAPS and weight.all_input_nodes[0].op == "get_attr" and len(shape(weight)) == 2:
+                return cls(node, x, weight.all_input_nodes[0], None)
+        return None
+
+    @property
+    def width(self) -> int:
+        """The numbers that are summed, K."""
+        return int(shape(self.weight)[0 if self.turned else 1])
+
+    @property
+    def parts(self) -> list[Node]:
+        """The model's own weights that it is made of, row by row; none if it is computed."""
+        concat = Concat.of(self.weight)
+        if concat is not None and concat.joins_weights:
+            return list(concat.parts)
+        return [self.weight] if self.weight.op == "get_attr" else []
+
+
 @dataclass(frozen=True)
 class ExpertMatmul:
     """``node = grouped_mm(x, weight, offsets)``: rows of ``x``, sorted by expert, each times its expert's weight."""

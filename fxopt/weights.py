@@ -8,7 +8,7 @@ the stock model go on working.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,16 +60,28 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return _adjacent(tensors) if are_adjacent(tensors) else _seat(tensors)
 
 
-class WeightWatch:
-    """Notices when parameters have moved or were replaced, as ``model.to(...)`` does with them."""
+def code_bytes(program: Program) -> tuple[int, int]:
+    """What codes and their scales take, and what the weights would that they stand for."""
+    parts = {name: tensor for node, tensor in program.weights() if (name := str(node.target))}
+    coded = [one for one in program.facts.weights if one.parts[0] in parts]
+    numbers = sum(one.numbers([parts[name] for name in one.parts]) for one in coded)
+    return sum(parts[name].nbytes for one in coded for name in one.parts), numbers * program.facts.dtype.itemsize
 
-    def __init__(self, model: nn.Module) -> None:
+
+class WeightWatch:
+    """Notices when parameters have moved or were replaced, as ``model.to(...)`` does with them.
+
+    ``rounded`` names those that graphs have as codes: these must not be written to either.
+    """
+
+    def __init__(self, model: nn.Module, rounded: Collection[str] = ()) -> None:
         self._seen = [
             (f"{path}.{name}".lstrip("."), module._parameters, name, parameter, parameter.data_ptr())
             for path, module in model.named_modules()
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
+        self._rounded = [(name, (one := model.get_parameter(name)), _version(one)) for name in rounded]
 
     def check(self) -> None:
         for path, parameters, name, parameter, address in self._seen:
@@ -78,6 +90,16 @@ class WeightWatch:
                     f"{path} has moved since fxopt.optimize saw it (model.to(...), or a parameter was replaced), so "
                     "the optimised graphs would read the old weights. Call fxopt.optimize on the stock model again."
                 )
+        for path, parameter, version in self._rounded:
+            if _version(parameter) != version:
+                raise InvalidRequestError(
+                    f"{path} was updated in place since quantize_weights rounded it, so the optimised graphs would go "
+                    "on with codes of the old weights. Call fxopt.optimize on the stock model again."
+                )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _seat(tensors: Sequence[Tensor]) -> Tensor:

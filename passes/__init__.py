@@ -14,6 +14,7 @@ from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.passes.quantize_kv import QuantizeKV
+from fxopt.passes.quantize_weights import QuantizeWeights
 from fxopt.passes.remove_control_flow import RemoveControlFlow
 from fxopt.passes.rotary import Rotary
 from fxopt.passes.static_kv import StaticKV
@@ -30,6 +31,7 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     Rotary,
     LastLogits,
     QuantizeKV,
+    QuantizeWeights,
     DecodeAttention,
     Matvec,
     PlanMemory,

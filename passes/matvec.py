@@ -2,11 +2,13 @@
 
     y = linear(x, W)              becomes      y = sum(x * W, -1)                when x is one row
     y = grouped_mm(x, W, ends)    becomes      y = sum(x * W[expert of row], 1)  when x is few rows
+    y = linear(x, codes * scale)  becomes      y = sum(x * codes, -1) * scale    when x is one row
 
 One decode step multiplies every weight with one vector and does nothing else that costs time.
 Library matmuls are made for many rows; written as product and sum, Inductor reads each weight
 once, at the speed of memory. For a mixture of experts that also replaces the loop over experts:
-each row looks its expert up. Half-precision products are summed in float32, as a matmul does.
+each row looks its expert up. Half-precision products are summed in float32, as a matmul does. Codes of
+``quantize_weights`` are widened where they are read, and never lie in memory as numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from fxopt.program import Program
 from fxopt.rewrite import Pass, Stage
 from fxopt.sums import stored, wide
 from fxopt.views import ExpertMatmul, Linear, shape
+from fxopt.weight_formats import CodedWeight
+from fxopt.written import Written, coded_weight
 
 aten = torch.ops.aten
 
@@ -53,17 +57,31 @@ class Matvec(Pass[Linear | ExpertMatmul]):
         graph = program.graph
         dtype = site.node.meta["val"].dtype
         with graph.inserting_before(site.node):
-            total = _linear_sum(graph, site) if isinstance(site, Linear) else _expert_sum(graph, site)
+            total = _linear_sum(program, site) if isinstance(site, Linear) else _expert_sum(graph, site)
             result = graph.call_function(aten.to.dtype, (total, dtype)) if dtype != torch.float32 else total
         site.node.replace_all_uses_with(result)
         graph.erase_node(site.node)
 
 
-def _linear_sum(graph: Graph, site: Linear) -> Node:
-    row = stored(graph, site.x, [*shape(site.x)[:-1], 1, shape(site.x)[-1]])
-    product = graph.call_function(aten.mul.Tensor, (wide(graph, row), wide(graph, site.weight)))
-    total = graph.call_function(aten.sum.dim_IntList, (product, [-1]))
+def _linear_sum(program: Program, site: Linear) -> Node:
+    graph = program.graph
+    coded = coded_weight(program, site.weight)
+    if coded is not None:
+        total = _sum_of_codes(program, site, coded)
+    else:
+        row = stored(graph, site.x, [*shape(site.x)[:-1], 1, shape(site.x)[-1]])
+        product = graph.call_function(aten.mul.Tensor, (wide(graph, row), wide(graph, site.weight)))
+        total = graph.call_function(aten.sum.dim_IntList, (product, [-1]))
     return total if site.bias is None else graph.call_function(aten.add.Tensor, (total, site.bias))
+
+
+def _sum_of_codes(program: Program, site: Linear, coded: CodedWeight) -> Node:
+    graph, width = program.graph, shape(site.x)[-1]
+    x = graph.call_function(aten.to.dtype, (site.x, torch.float32))  # once: codes of a byte are read 16 at a time
+    x.meta["val"] = site.x.meta["val"].to(torch.float32)
+    parts = [graph.get_attr(name) for name in coded.parts]
+    total = coded.format.total(Written(program), stored(graph, x, coded.format.fold(width)), parts, width)
+    return graph.call_function(aten.view.default, (total, [*shape(site.x)[:-1], shape(site.node)[-1]]))
 
 
 def _expert_sum(graph: Graph, site: ExpertMatmul) -> Node:

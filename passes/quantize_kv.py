@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from fxopt.attention import MATMULS, Attention, RowWrite, consumers
@@ -28,6 +27,7 @@ from fxopt.lengths import ROWS
 from fxopt.program import CACHE_POSITION, Facts, Program, Rows
 from fxopt.rewrite import Pass
 from fxopt.views import Miss, arguments, shape, swap_argument
+from fxopt.written import Written
 
 aten = torch.ops.aten
 
@@ -118,21 +118,6 @@ class QuantizeKV(Pass[PlainRows]):
         of_key = replace(one, key_format=self.kv_dtype)
         layers[site.layer] = of_key if site.is_key else replace(one, value_format=self.kv_dtype)
         return replace(facts, layers=tuple(layers))
-
-
-@dataclass(frozen=True)
-class Written:
-    """Writes the arithmetic of a format into a graph."""
-
-    program: Program
-
-    def __call__(self, operator: Any, *arguments: Any) -> Node:
-        return self.program.graph.call_function(operator, arguments)
-
-    def constant(self, name: str, value: Tensor) -> Node:
-        if not hasattr(self.program.gm, name):
-            self.program.gm.register_buffer(name, value)
-        return self.program.graph.get_attr(name)
 
 
 @dataclass(frozen=True)

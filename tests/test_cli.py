@@ -77,7 +77,7 @@ def test_passes_lists_all_in_order(capsys: pytest.CaptureFixture[str]) -> None:
         assert (f"--{'no-' if kind.by_default else ''}{flag}" in row) != kind.required
 
 
-OFF = {"plan_memory", "offload_weights", "offload_kv", "quantize_kv"}  # by default
+OFF = {"plan_memory", "offload_weights", "offload_kv", "quantize_kv", "quantize_weights"}  # by default
 
 
 def _names() -> list[str]:
@@ -90,7 +90,7 @@ def test_a_pass_that_is_off_by_default_has_a_flag_to_add_it() -> None:
         add_passes(parser)
         return {one.name for one in selection(parser.parse_args(flags))}
 
-    added = ("--plan-memory", "--offload-weights", "--offload-kv", "--quantize-kv")
+    added = ("--plan-memory", "--offload-weights", "--offload-kv", "--quantize-kv", "--quantize-weights")
     assert set(_names()) - chosen() == OFF
     assert chosen(*added) == set(_names())
     assert chosen(*added, "--no-rotary") == set(_names()) - {"rotary"}

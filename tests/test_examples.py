@@ -37,12 +37,15 @@ RUNS = {
     ),
     "kv_traffic.py": (["--tiny", "--max-len", "256", "--filled", "100"], "4.9x less"),
     "kv_perplexity.py": (
-        ["--model", TINY, "--tokens", "256", "--window", "128", "--new", "8"],
-        "int4",
+        ["--model", TINY, "--tokens", "256", "--window", "128", "--new", "8", "--formats", "int4", "weights-int4"],
+        "weights-int4",
     ),
     "kv_speed.py": (
-        ["--tiny", "--max-len", "64", "--filled", "40", "--steps", "2", "--rounds", "2", "--backend", "eager"],
-        "40             int4",
+        [
+            *("--tiny", "--max-len", "64", "--filled", "40", "--steps", "2", "--rounds", "2", "--backend", "eager"),
+            *("--formats", "int4", "weights-int8"),
+        ],
+        "40             weights-int8",
     ),
     "run_llama.py": (
         ["--model", "tiny", "--preallocate", "--compile", "no", "--prompt", "8", "16", "--new", "4"],

@@ -30,6 +30,7 @@ LLAMA = {
     "rotary": (4, {"aten.cat.default": -3, "aten.neg.default": -3, "aten.flip.default": 4}),
     "last_logits": (1, {"aten.index_select.default": 1}),
     "quantize_kv": (4, {"aten.index_copy_.default": 4, "aten.amax.default": 4, "aten.slice.Tensor": 4}),
+    "quantize_weights": (9, {"aten.linear.default": 0, "aten.mul.Tensor": 9, "aten.cat.default": -4}),
     "decode_attention": (2, {"aten.scaled_dot_product_attention.default": -2, "aten.softmax.int": 2}),
     "matvec": (9, {"aten.linear.default": -9}),
 }

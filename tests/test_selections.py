@@ -74,6 +74,7 @@ def without(*left_out: str) -> list[str]:
                 "offload_weights": {"budget": "8GiB"},
                 "offload_kv": {"resident": 0.0},
                 "quantize_kv": {"kv_dtype": "int4"},
+                "quantize_weights": {"dtype": "int4", "group": 16, "lm_head": None},
             },
             EVERY,
         ),

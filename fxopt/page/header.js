@@ -44,6 +44,7 @@ function runFacts() {
   if (report.graphs.length)
     facts.push([`Graphs ${report.graphs.map(([batch, ready]) => `for ${batch}: ${ready}`).join("; ")}`]);
   if (report.packed_bytes) facts.push([`${size(report.packed_bytes)} of weights packed`]);
+  if (report.code_bytes) facts.push([`${size(report.code_bytes)} of codes for ${size(report.coded_bytes)} of weights`]);
   if (report.seconds.length) facts.push([`${sum(report.seconds.map(([, value]) => value)).toFixed(1)} s in all`]);
   return facts;
 }
