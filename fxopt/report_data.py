@@ -14,6 +14,7 @@ from fxopt.in_place import InPlaceProof
 from fxopt.offload.use import CacheUse, StreamUse, WeightUse
 from fxopt.outcome import Check, Outcome
 from fxopt.placement import ArenaUse
+from fxopt.timed_forms import TimedForms
 
 SCHEMA = 2  # of to_dict; 2: steps with costs, places by layer, checks per pass
 PASS_STAGES = ("symbolic", "decode", "code")
@@ -38,6 +39,7 @@ class ReportData:
     launches: dict[str, int] = field(default_factory=dict)  # of the compiled code, by role
     graphs: dict[str, str] = field(default_factory=dict)  # for how many sequences: which are ready
     arenas: dict[str, ArenaUse] = field(default_factory=dict)  # of each compiled graph
+    attention: TimedForms | None = None  # of one query, where its forms were timed
     streams: WeightUse | None = None  # where offload_weights has moved some
     cache: CacheUse | None = None  # where offload_kv was asked for
     packed_bytes: int = 0

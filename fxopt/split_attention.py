@@ -82,7 +82,7 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     from fxopt.split_kernels import launch
 
     with torch.cuda.device(query.device):
-        return launch(query, key, value, mask, scale, splits)
+        return launch(query, key, value, mask, scale, splits, BLOCK)
 
 
 @split_attention.register_fake
@@ -90,7 +90,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-@register_flop_formula(torch.ops.fxopt.split_attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fxopt.split_attention)
 def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *others: object, **more: object) -> int:
     """A product and a sum for each number of K and of V that a head reads."""
     batch, heads, _, width = query

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.split_attention import BLOCK
-
 LEAST = 16  # of each side of a product that tensor cores do
 NUMBERS = 8192  # of a block of rows: what the registers of a program have room for
 COLUMNS = 64  # of a value that one program joins
@@ -167,8 +165,10 @@ def _join(
     tl.store(result + head * value_width + column, joined, mask=column < value_width)
 
 
-def launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, splits: int) -> Tensor:
-    """Both kernels, on tensors as they lie: K and V are windows of larger buffers."""
+def launch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, splits: int, block: int
+) -> Tensor:
+    """Both kernels, on tensors as they lie: K and V are windows of larger buffers. ``block`` rows are read at once."""
     batch, heads, _, width = query.shape
     kept, rows, value_width = key.shape[1], key.shape[2], value.shape[3]
     groups = heads // kept
@@ -203,7 +203,7 @@ def launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         WIDTH=padded,
         value_width=value_width,
         VALUE_WIDTH=value_padded,
-        ROWS=max(LEAST, min(BLOCK, numbers // max(padded, value_padded))),
+        ROWS=max(LEAST, min(block, numbers // max(padded, value_padded))),
         MASK=kind,
         PRODUCTS=products,
         num_warps=4,
