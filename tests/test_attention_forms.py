@@ -43,8 +43,7 @@ def timed(**microseconds: float) -> TimedForms:
 # --- the operator in a graph ---------------------------------------------------------------------
 
 
-def test_split_in_every_kind_of_attention(update_golden: bool) -> None:
-    """Grouped, with logits capped by hand (which is no single op), and with a head for each query."""
+def test_split_on_grouped_heads_and_on_a_head_for_each_query(update_golden: bool) -> None:
     outcomes = check_pass(
         DecodeAttention("split"), ["llama", "gpt2"], matched={"llama": 2}, golden=GOLDEN, update_golden=update_golden
     )
@@ -54,24 +53,14 @@ def test_split_in_every_kind_of_attention(update_golden: bool) -> None:
     }
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_split_gives_the_tokens_of_the_stock_model(backend: Any) -> None:
+def test_split_gives_the_tokens_of_the_stock_model() -> None:
     stock = tiny("llama")
     prompt = torch.arange(1, 24).reshape(1, -1)
     passes = {"decode_attention": {"form": "split"}}
-    fast = fxopt.optimize(stock, 64, passes=passes, backend=backend, strict=False)
+    fast = fxopt.optimize(stock, 64, passes=passes, backend="aot_eager", verify="off")
     assert fast.fxopt.report["decode_attention"].matched == 2
     want = stock.generate(prompt, max_new_tokens=12, do_sample=False)
     assert torch.equal(fast.generate(prompt, max_new_tokens=12, do_sample=False), want)
-
-
-def test_a_saved_graph_has_the_operator(tmp_path: Path) -> None:
-    stock = tiny("llama", num_hidden_layers=1)
-    fast = fxopt.optimize(stock, 64, passes={"decode_attention": {"form": "split"}}, backend="eager")
-    fast.fxopt.save(tmp_path / "saved")
-    again = fxopt.load(tmp_path / "saved", stock)
-    engine = again.fxopt.engine
-    assert op_counts(engine.lowered(engine.decode_role(1)).program)[SPLIT] == 1
 
 
 @pytest.mark.slow
@@ -227,7 +216,9 @@ def test_optimize_times_forms_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "time decode attention" in report.seconds
     fast.fxopt.save(tmp_path / "saved")
     again = fxopt.load(tmp_path / "saved", stock)
-    assert again.fxopt.engine.facts.attention == report.attention == again.fxopt.report.attention
+    engine = again.fxopt.engine
+    assert engine.facts.attention == report.attention == again.fxopt.report.attention
+    assert op_counts(engine.lowered(engine.decode_role(1)).program)[SPLIT] == 2
 
 
 def test_what_cannot_be_timed_stays_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,8 @@ def attention(
     rows: int,
     dtype: torch.dtype,
     mask: str = "none",
-    batch: int = 2,
     device: str = "cpu",
+    batch: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Random operands as decode graphs have them: K and V are windows of longer buffers, the query is transposed."""
     random = torch.Generator().manual_seed(heads * 1000 + rows)
@@ -138,7 +138,7 @@ ALLOWED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def assert_same(launch: Any, splits: int, block: int, *shape: Any) -> None:
-    query, key, value, seen = attention(*shape, device=DEVICE)
+    query, key, value, seen = attention(*shape, DEVICE)
     ours = launch(query, key, value, seen, query.shape[3] ** -0.5, splits, block)
     want = plain(query, key, value, seen, query.shape[3] ** -0.5)
     assert (ours.shape, ours.dtype) == (want.shape, want.dtype)
