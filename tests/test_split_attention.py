@@ -26,23 +26,20 @@ def attention(
     rows: int,
     dtype: torch.dtype,
     mask: str = "none",
-    device: str = "cpu",
     batch: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Random operands as decode graphs have them: K and V are windows of longer buffers, the query is transposed."""
     random = torch.Generator().manual_seed(heads * 1000 + rows)
 
     def made(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=random).to(device, dtype)
+        return torch.randn(*sizes, generator=random).to(DEVICE, dtype)
 
     query = made(batch, 1, heads, width).transpose(1, 2)
     key, value = (made(batch, kept, rows + 37, size)[:, :, :rows] for size in (width, value_width))
-    return query, key, value, _mask(mask, batch, heads, rows, dtype, random, device)
+    return query, key, value, _mask(mask, batch, heads, rows, dtype, random)
 
 
-def _mask(
-    kind: str, batch: int, heads: int, rows: int, dtype: torch.dtype, random: torch.Generator, device: str
-) -> Tensor | None:
+def _mask(kind: str, batch: int, heads: int, rows: int, dtype: torch.dtype, random: torch.Generator) -> Tensor | None:
     match kind:
         case "none":
             return None
@@ -58,8 +55,8 @@ def _mask(
             seen = torch.zeros(batch, 1, 1, rows, dtype=torch.bool)
     if kind.startswith("added"):
         least = float("-inf") if kind == "added infinity" else torch.finfo(dtype).min
-        return torch.where(seen, 0.0, least).to(device, dtype)
-    return seen.to(device)
+        return torch.where(seen, 0.0, least).to(DEVICE, dtype)
+    return seen.to(DEVICE)
 
 
 # --- how rows are cut ----------------------------------------------------------------------------
@@ -88,7 +85,7 @@ def test_what_the_kernels_are_not_for() -> None:
     assert "16 heads at most, and here are 71" in str(obstacle(torch.float32, 71))
 
 
-# --- the operator, where there is no GPU ---------------------------------------------------------
+# --- the operator --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", ["none", "left padding", "holes by head", "added by head"])
@@ -138,7 +135,7 @@ ALLOWED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def assert_same(launch: Any, splits: int, block: int, *shape: Any) -> None:
-    query, key, value, seen = attention(*shape, DEVICE)
+    query, key, value, seen = attention(*shape)
     ours = launch(query, key, value, seen, query.shape[3] ** -0.5, splits, block)
     want = plain(query, key, value, seen, query.shape[3] ** -0.5)
     assert (ours.shape, ours.dtype) == (want.shape, want.dtype)
