@@ -18,6 +18,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxopt.kv_formats import FORMATS, NOW, FormatName, KVFormat, Part, Run, turned
+from fxopt.timed_forms import TimedForms
 from fxopt.weight_formats import CodedWeight, WeightFormatName
 
 INPUT_IDS = "input_ids"  # [B, S]
@@ -132,6 +133,7 @@ class Facts:
     backend: str = "eager"  # what the graphs will be handed to
     compile: str = "whole"  # in which pieces: "whole", "layer", or "auto"
     weights: tuple[CodedWeight, ...] = ()  # that lie in the graph as codes
+    attention: TimedForms | None = None  # of one query, where its forms were timed on the device
 
     def rows(self, layer: int) -> tuple[Rows, Rows]:
         """How the K and the V of a layer are kept."""

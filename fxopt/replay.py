@@ -54,10 +54,10 @@ class Replays:
 
 
 def _recorder(device: torch.device) -> Record | None:
-    return _record_cuda if device.type == "cuda" else None
+    return record_cuda if device.type == "cuda" else None
 
 
-def _record_cuda(step: Run) -> Run:
+def record_cuda(step: Run) -> Run:
     """Record ``step`` on a stream of its own; the warm-up runs write the row that the replay will write again."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

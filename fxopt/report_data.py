@@ -14,6 +14,7 @@ from fxopt.in_place import InPlaceProof
 from fxopt.offload.use import CacheUse, StreamUse, WeightUse
 from fxopt.outcome import Check, Outcome
 from fxopt.placement import ArenaUse
+from fxopt.timed_forms import TimedForms
 
 SCHEMA = 2  # of to_dict; 2: steps with costs, places by layer, checks per pass
 PASS_STAGES = ("symbolic", "decode", "code")
@@ -40,6 +41,7 @@ class ReportData:
     arenas: dict[str, ArenaUse] = field(default_factory=dict)  # of each compiled graph
     streamed_weights: WeightUse | None = None  # where offload_weights has moved some
     streamed_cache: CacheUse | None = None  # where offload_kv was asked for
+    attention: TimedForms | None = None  # of one query, where its forms were timed
     packed_bytes: int = 0
     code_bytes: int = 0  # of weights that quantize_weights has rounded
     coded_bytes: int = 0  # of the same weights as the model has them

@@ -128,6 +128,8 @@ def _closing(report: ReportData) -> Iterator[str]:
         lines.append("graphs: " + "; ".join(f"for {batch} {ready}" for batch, ready in report.graphs.items()))
     if report.arenas:
         lines.append(_arena(list(report.arenas.values())))
+    if report.attention is not None:
+        lines.append(f"decode attention: {report.attention.quickest or 'library'}; timed: {report.attention}")
     if report.packed_bytes:
         lines.append(f"packed weights: {size(report.packed_bytes)}B re-seated, no second copy")
     if report.code_bytes:

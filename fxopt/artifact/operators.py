@@ -21,7 +21,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 } | {"torch.sym_max": torch.sym_max, "torch.sym_min": torch.sym_min, "torch.sym_not": torch.sym_not}
 
 #: Libraries of operators. One that is registered elsewhere could do anything.
-NAMESPACES = ("aten", "prims", "transformers")
+NAMESPACES = ("aten", "prims", "transformers", "fxopt")
 
 #: The words that operators take. Others might be names of files.
 WORDS = frozenset({"none", "tanh", "floor", "trunc", "mean", "sum", "constant", "reflect", "replicate"})

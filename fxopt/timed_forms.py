@@ -1,0 +1,38 @@
+"""How long each way of computing the same took on a device: what a choice between them rests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FormTime:
+    """One way, and its median time; or why it could not be timed."""
+
+    form: str
+    seconds: float | None
+    trouble: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.form} failed ({self.trouble})"
+            if self.seconds is None
+            else f"{self.form} {self.seconds * 1e6:.0f} µs"
+        )
+
+
+@dataclass(frozen=True)
+class TimedForms:
+    """All ways, timed in turns."""
+
+    setting: str  # what was timed: "batch 1, 512 rows, 32 layers"
+    times: tuple[FormTime, ...]
+
+    @property
+    def quickest(self) -> str | None:
+        """The form to use; None where not one of them ran."""
+        ran = [(one.seconds, one.form) for one in self.times if one.seconds is not None]
+        return min(ran)[1] if ran else None
+
+    def __str__(self) -> str:
+        return f"{', '.join(map(str, self.times))} for {self.setting}"
