@@ -13,7 +13,7 @@ ALLOWED = 1.5
 @pytest.mark.timed
 def test_depth_costs_little() -> None:
     seconds: dict[int, float] = {}
-    for _ in range(3):  # the best of a few, where something else took the machine's time
+    for _ in range(5):  # the best of a few, where something else took the machine's time
         for layers in (6, 48):
             found = in_a_new_process(None, layers, "layer", "inductor")["until the first token"]
             seconds[layers] = min(found, seconds.get(layers, found))
