@@ -5,8 +5,8 @@
 The graph reads codes, and scales beside them; the model's own weights stay as they are. Where a step
 has one row, ``matvec`` widens codes inside the loop that sums them. Where it has many, a weight is
 widened in front of its matmul and let go of behind it. Biases, norms and embeddings are left alone, and
-so are the head of the model, unless it is asked for, and what chooses experts. The formats are in
-``fxopt/weight_formats.py``. What the model says is that of rounded weights: docs/quantize-weights.md
+so is what chooses experts; the head of the model has a format of its own, which may be None. The formats
+are in ``fxopt/weight_formats.py``. What the model says is that of rounded weights: docs/quantize-weights.md
 has by how much that is another.
 """
 

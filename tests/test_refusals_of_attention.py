@@ -28,7 +28,7 @@ from fxopt.capture import capture
 from fxopt.driver import apply
 from fxopt.families import tiny
 from fxopt.listing import readable
-from fxopt.passes.decode_attention import DecodeAttention
+from fxopt.passes.decode_attention import DecodeAttention, Form
 from fxopt.passes.grouped_attention import GroupedAttention
 from fxopt.passes.matvec import Matvec
 from fxopt.passes.rotary import Rotary
@@ -208,12 +208,13 @@ def test_decode_passes_stay_away_from_other_backends(
     assert_same_numbers(program, result)
 
 
-def test_a_causal_mask_made_in_the_kernel() -> None:
+@pytest.mark.parametrize("form", ["auto", "split"])
+def test_a_causal_mask_made_in_the_kernel(form: Form) -> None:
     with edited(decode()) as program:
         attention = call(program, aten.scaled_dot_product_attention.default)
         attention.args = attention.args[:3]
         attention.kwargs = {**attention.kwargs, "is_causal": True}
-    result, outcome = attempt(DecodeAttention(), program)
+    result, outcome = attempt(DecodeAttention(form), program)
     assert (outcome.matched, outcome.expected) == (0, 1)
     assert_refused(program, outcome, "scaled_dot_product_attention", "causal mask inside the kernel")
     assert_same_numbers(program, result)
