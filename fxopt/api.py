@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
 from fxopt.artifact.keys import Recipe
-from fxopt.attention_timing import timed_attention
+from fxopt.choices import choose
 from fxopt.compiler import Compiler, arena_outcome, unplaceable
 from fxopt.engine import Engine, Limits
-from fxopt.errors import CaptureDiffersError, VerificationError, first_line, warn
+from fxopt.errors import CaptureDiffersError, VerificationError, first_line
 from fxopt.judge import Judge
 from fxopt.lower import Backend, Compile
 from fxopt.model import make_fast
 from fxopt.outcome import Check
-from fxopt.passes.decode_attention import DecodeAttention
+from fxopt.passes.linear_library import LinearLibrary
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.passes.plan_memory import PlanMemory
@@ -111,7 +111,8 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         pipeline.program = pack(pipeline.program)
         report.packed_bytes = packed_bytes(pipeline.program)
         report.code_bytes, report.coded_bytes = code_bytes(pipeline.program)
-    _choose_attention(report, pipeline, batch, progress)
+    choose(pipeline, batch, progress)
+    report.attention, report.linears = pipeline.program.facts.attention, pipeline.program.facts.linears
 
     engine = _compiled(pipeline, request.backend, request.limits, progress, weight_streams, row_streams)
     if judge is not None:
@@ -125,6 +126,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         if lowered.launches is not None:
             report.launches[role.name] = lowered.launches
     report.graphs = engine.readiness()
+    _note_linears(pipeline, engine, batch)
     _note_arena(report, pipeline, engine, request.backend)
     _note_streams(report, pipeline, engine, progress, weight_streams)
     report.stages = pipeline.outcomes
@@ -159,26 +161,20 @@ def _compiled(
     return engine
 
 
-def _choose_attention(report: Report, pipeline: Pipeline, batch: int, progress: Progress) -> None:
-    """Time the forms of decode attention where only that can tell which is quickest, and note it for the pass."""
-    facts = pipeline.program.facts
-    for rewriter in pipeline.kept:
-        if isinstance(rewriter, DecodeAttention) and (forms := rewriter.candidates(facts)):
-            with progress.step("time decode attention"):
-                try:
-                    timed = timed_attention(pipeline.program, forms, batch)
-                except RuntimeError as error:  # memory, or a recording
-                    warn(f"decode attention cannot be timed: {first_line(error)}; the library's kernel stays")
-                    continue
-            report.attention = timed
-            pipeline.program = replace(pipeline.program, facts=replace(facts, attention=timed))
-
-
 def _insist_on_arena(pipeline: Pipeline, backend: Backend) -> None:
     """Say before any work is done that there can be no arena, if one was asked for."""
     for rewriter in pipeline.kept:
         if isinstance(rewriter, PlanMemory) and (reason := unplaceable(backend, pipeline.captured.facts.device)):
             pipeline.cannot(rewriter, reason)
+
+
+def _note_linears(pipeline: Pipeline, engine: Engine, batch: int) -> None:
+    """Say which products of the prefill graph another library makes; a decode graph has few left, or the same."""
+    for rewriter in pipeline.kept:
+        outcome = engine.lowered(engine.prefill_role(batch)).linears
+        if isinstance(rewriter, LinearLibrary) and outcome is not None:
+            outcome.show_when_read(pipeline.latest_graph(), lambda: None)
+            pipeline.note(outcome)
 
 
 def _note_arena(report: Report, pipeline: Pipeline, engine: Engine, backend: Backend) -> None:

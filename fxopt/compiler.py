@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from fxopt.activation_dag import activation_dag, dump
 from fxopt.activation_plan import plan_activations
 from fxopt.arena_memory import SharedArena
 from fxopt.chain import Chain, Code, Plan
+from fxopt.driver import apply
 from fxopt.engine import Limits
 from fxopt.errors import InvalidRequestError, LoweringError, first_line
 from fxopt.lower import Backend, ChainMaker, Lowered, lower
 from fxopt.outcome import Outcome, Spot
+from fxopt.passes.linear_library import LinearLibrary
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
@@ -47,24 +50,30 @@ class Compiler:
         self._weight_streams = weight_streams  # that feed the layers, where offload_weights has moved their weights
         self._row_streams = row_streams  # of the cache that are away, where offload_kv was asked for
         self._limits = limits
+        passes = tuple(passes)
         self._planned = next((one for one in passes if isinstance(one, PlanMemory)), None)
+        self._linears = next((one for one in passes if isinstance(one, LinearLibrary)), None)
         self._dumps = dumps  # a model that is loaded must not write where its folder says
         has_arena = self._planned is not None and unplaceable(backend, facts.device) is None
         self.arena = SharedArena(facts.device) if has_arena else None
 
     def __call__(self, program: Program, role: Role) -> Lowered:
+        linears = None
+        if self._linears is not None:
+            program, linears = apply(self._linears, program)
         sets = self._shape_sets(program, role) if self._planned is not None else ()
         if self._dumps:
             self._dump(program, role, sets)
         chain = self._streamed(role) if self._weight_streams is not None or self._row_streams is not None else None
         layered = program.facts.layered
         try:
-            return lower(program, self.backend, layered=layered, arena=self.arena, shape_sets=sets, chain=chain)
+            code = lower(program, self.backend, layered=layered, arena=self.arena, shape_sets=sets, chain=chain)
         except RuntimeError as error:
             raise LoweringError(
                 f"{self.backend} failed to compile the {role.name} graph for {role.sequences}: {first_line(error)} "
                 'Inductor needs a C++ compiler (g++); backend="aot_eager" does without'
             ) from error
+        return replace(code, linears=linears)
 
     def _streamed(self, role: Role) -> ChainMaker:
         """Makes chains whose layers find their weights, or the rows of their cache, in slots."""

@@ -134,6 +134,7 @@ class Facts:
     compile: str = "whole"  # in which pieces: "whole", "layer", or "auto"
     weights: tuple[CodedWeight, ...] = ()  # that lie in the graph as codes
     attention: TimedForms | None = None  # of one query, where its forms were timed on the device
+    linears: TimedForms | None = None  # of many rows, where libraries were timed on the device
 
     def rows(self, layer: int) -> tuple[Rows, Rows]:
         """How the K and the V of a layer are kept."""

@@ -42,6 +42,7 @@ class ReportData:
     streamed_weights: WeightUse | None = None  # where offload_weights has moved some
     streamed_cache: CacheUse | None = None  # where offload_kv was asked for
     attention: TimedForms | None = None  # of one query, where its forms were timed
+    linears: TimedForms | None = None  # of many rows, where libraries were
     packed_bytes: int = 0
     code_bytes: int = 0  # of weights that quantize_weights has rounded
     coded_bytes: int = 0  # of the same weights as the model has them

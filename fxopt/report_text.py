@@ -130,6 +130,8 @@ def _closing(report: ReportData) -> Iterator[str]:
         lines.append(_arena(list(report.arenas.values())))
     if report.attention is not None:
         lines.append(f"decode attention: {report.attention.quickest or 'library'}; timed: {report.attention}")
+    if report.linears is not None:
+        lines.append(f"matrix products: {report.linears.quickest}; timed: {report.linears}")
     if report.packed_bytes:
         lines.append(f"packed weights: {size(report.packed_bytes)}B re-seated, no second copy")
     if report.code_bytes:

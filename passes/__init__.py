@@ -9,6 +9,7 @@ from fxopt.passes.fuse_gate_up import FuseGateUp
 from fxopt.passes.fuse_qkv import FuseQKV
 from fxopt.passes.grouped_attention import GroupedAttention
 from fxopt.passes.last_logits import LastLogits
+from fxopt.passes.linear_library import LinearLibrary
 from fxopt.passes.matvec import Matvec
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
@@ -34,6 +35,7 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     QuantizeWeights,
     DecodeAttention,
     Matvec,
+    LinearLibrary,
     PlanMemory,
     OffloadWeights,
     OffloadKV,

@@ -137,7 +137,7 @@ def _sums(program: Program, site: Attention) -> Node:
     query = stored(graph, site.query, [batch, kept, groups, 1, *inner])
     key = graph.call_function(aten.unsqueeze.default, (keys, 2))
     value = graph.call_function(aten.unsqueeze.default, (values, 2))
-    product = graph.call_function(aten.mul.Tensor, (wide(graph, query), wide(graph, key)))
+    product = graph.call_function(aten.mul.Tensor, (query, wide(graph, key)))
     scores = graph.call_function(aten.sum.dim_IntList, (product, list(range(-len(inner), 0))))
     scores = graph.call_function(aten.mul.Tensor, (scores, _scale(site)))
     if site.mask is not None:

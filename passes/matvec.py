@@ -70,17 +70,15 @@ def _linear_sum(program: Program, site: Linear) -> Node:
         total = _sum_of_codes(program, site, coded)
     else:
         row = stored(graph, site.x, [*shape(site.x)[:-1], 1, shape(site.x)[-1]])
-        product = graph.call_function(aten.mul.Tensor, (wide(graph, row), wide(graph, site.weight)))
+        product = graph.call_function(aten.mul.Tensor, (row, wide(graph, site.weight)))
         total = graph.call_function(aten.sum.dim_IntList, (product, [-1]))
     return total if site.bias is None else graph.call_function(aten.add.Tensor, (total, site.bias))
 
 
 def _sum_of_codes(program: Program, site: Linear, coded: CodedWeight) -> Node:
     graph, width = program.graph, shape(site.x)[-1]
-    x = graph.call_function(aten.to.dtype, (site.x, torch.float32))  # once: codes of a byte are read 16 at a time
-    x.meta["val"] = site.x.meta["val"].to(torch.float32)
     parts = [graph.get_attr(name) for name in coded.parts]
-    total = coded.format.total(Written(program), stored(graph, x, coded.format.fold(width)), parts, width)
+    total = coded.format.total(Written(program), stored(graph, site.x, coded.format.fold(width)), parts, width)
     return graph.call_function(aten.view.default, (total, [*shape(site.x)[:-1], shape(site.node)[-1]]))
 
 
@@ -94,5 +92,5 @@ def _expert_sum(graph: Graph, site: ExpertMatmul) -> Node:
     expert = graph.call_function(aten.sum.dim_IntList, (ended, [1]))
     weight = graph.call_function(aten.index.Tensor, (site.weight, [expert]))
     spread = stored(graph, site.x, [rows, width, 1])
-    product = graph.call_function(aten.mul.Tensor, (wide(graph, spread), wide(graph, weight)))
+    product = graph.call_function(aten.mul.Tensor, (spread, wide(graph, weight)))
     return graph.call_function(aten.sum.dim_IntList, (product, [1]))

@@ -1,0 +1,95 @@
+"""Matrix products by the library that makes them quickest.
+
+    y = linear(x, W, b)      becomes      y = onednn_linear(x, W, b)
+
+PyTorch hands float32 to the BLAS that it was built with, and half precision to oneDNN. On some processors oneDNN is
+twice as quick in float32 too, on others it is not, so both are timed on the model's own shapes before the choice is
+made. Weights stay as they lie: nothing is packed and there is no second copy. It is the last thing that happens to a
+graph, so that every other pass meets ``linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from fxopt.errors import InvalidRequestError
+from fxopt.onednn import is_built_in, onednn_linear
+from fxopt.program import Facts, Program
+from fxopt.rewrite import Pass, Stage
+from fxopt.views import Linear, shape
+
+Library = Literal["auto", "onednn", "aten"]
+LEAST_NUMBERS = 2**18  # of a weight: below that a library's own overhead is what would be timed
+
+
+@dataclass(frozen=True)
+class LinearLibrary(Pass[Linear]):
+    name = "linear_library"
+    summary = "float32 matrix products on a CPU by the library that is quickest there"
+    stage = Stage.CODE
+
+    library: Library = "auto"
+
+    def __post_init__(self) -> None:
+        if self.library not in get_args(Library):
+            raise InvalidRequestError(f"library={self.library!r} is none; there are {', '.join(get_args(Library))}")
+
+    def candidates(self, program: Program) -> tuple[Library, ...]:
+        """The libraries that only timing can choose between; PyTorch's own choice is the one to compare with."""
+        worthwhile = any(_numbers(site) >= LEAST_NUMBERS for site in self.find(program))
+        return (
+            ("aten", "onednn") if self.library == "auto" and worthwhile and why_no_onednn(program.facts) is None else ()
+        )
+
+    def expected(self, program: Program) -> int:
+        chosen = self._chosen(program.facts) == "onednn" and why_no_onednn(program.facts) is None
+        return len(list(self.find(program))) if chosen else 0
+
+    def find(self, program: Program) -> Iterator[Linear]:
+        return (site for site in Linear.all(program) if site.node.meta["val"].dtype == torch.float32)
+
+    def refuse(self, program: Program, site: Linear) -> str | None:
+        facts = program.facts
+        if self._chosen(facts) != "onednn":
+            return self._why_aten(facts)
+        if (reason := why_no_onednn(facts)) is not None:
+            return reason
+        if not site.weight.meta["val"].is_contiguous():
+            return f"the rows of its weight {site.weight} do not lie one behind the other"
+        return None
+
+    def rewrite(self, program: Program, site: Linear) -> None:
+        with program.graph.inserting_before(site.node):
+            result = program.graph.call_function(onednn_linear, (site.x, site.weight, site.bias))
+        site.node.replace_all_uses_with(result)
+        program.graph.erase_node(site.node)
+
+    def _chosen(self, facts: Facts) -> str:
+        if self.library != "auto":
+            return self.library
+        return (facts.linears.quickest if facts.linears is not None else None) or "aten"
+
+    def _why_aten(self, facts: Facts) -> str:
+        if self.library == "aten":
+            return 'library="aten" was asked for'
+        if facts.linears is not None:
+            return f"PyTorch's own choice was quickest: {facts.linears}"
+        return why_no_onednn(facts) or "nothing was timed: its weights are small, or plan_memory places its results"
+
+
+def why_no_onednn(facts: Facts) -> str | None:
+    """Why oneDNN cannot make the products, or need not."""
+    if facts.device.type != "cpu":
+        return f"oneDNN computes on CPUs, and the model is on {facts.device}"
+    if not is_built_in():
+        return "this PyTorch was built without oneDNN"
+    return None
+
+
+def _numbers(site: Linear) -> int:
+    rows, width = map(int, shape(site.weight))
+    return rows * width
