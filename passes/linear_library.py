@@ -40,23 +40,21 @@ class LinearLibrary(Pass[Linear]):
 
     def candidates(self, program: Program) -> tuple[Library, ...]:
         """The libraries that only timing can choose between; PyTorch's own choice is the one to compare with."""
-        worthwhile = any(_numbers(site) >= LEAST_NUMBERS for site in self.find(program))
-        return (
-            ("aten", "onednn") if self.library == "auto" and worthwhile and why_no_onednn(program.facts) is None else ()
-        )
+        if self.library != "auto" or not is_built_in():
+            return ()
+        return ("aten", "onednn") if any(_numbers(site) >= LEAST_NUMBERS for site in self.find(program)) else ()
 
     def expected(self, program: Program) -> int:
-        chosen = self._chosen(program.facts) == "onednn" and why_no_onednn(program.facts) is None
-        return len(list(self.find(program))) if chosen else 0
+        return len(list(self.find(program))) if self._why_aten(program.facts) is None else 0
 
     def find(self, program: Program) -> Iterator[Linear]:
-        return (site for site in Linear.all(program) if site.node.meta["val"].dtype == torch.float32)
+        for site in Linear.all(program):
+            result = site.node.meta["val"]
+            if result.dtype == torch.float32 and result.device.type == "cpu":
+                yield site
 
     def refuse(self, program: Program, site: Linear) -> str | None:
-        facts = program.facts
-        if self._chosen(facts) != "onednn":
-            return self._why_aten(facts)
-        if (reason := why_no_onednn(facts)) is not None:
+        if (reason := self._why_aten(program.facts)) is not None:
             return reason
         if not site.weight.meta["val"].is_contiguous():
             return f"the rows of its weight {site.weight} do not lie one behind the other"
@@ -68,26 +66,17 @@ class LinearLibrary(Pass[Linear]):
         site.node.replace_all_uses_with(result)
         program.graph.erase_node(site.node)
 
-    def _chosen(self, facts: Facts) -> str:
-        if self.library != "auto":
-            return self.library
-        return (facts.linears.quickest if facts.linears is not None else None) or "aten"
-
-    def _why_aten(self, facts: Facts) -> str:
+    def _why_aten(self, facts: Facts) -> str | None:
+        """Why the products stay with PyTorch's own choice, if they do."""
         if self.library == "aten":
             return 'library="aten" was asked for'
+        if not is_built_in():
+            return "this PyTorch was built without oneDNN"
+        if self.library == "onednn" or (facts.linears is not None and facts.linears.quickest == "onednn"):
+            return None
         if facts.linears is not None:
             return f"PyTorch's own choice was quickest: {facts.linears}"
-        return why_no_onednn(facts) or "nothing was timed: its weights are small, or plan_memory places its results"
-
-
-def why_no_onednn(facts: Facts) -> str | None:
-    """Why oneDNN cannot make the products, or need not."""
-    if facts.device.type != "cpu":
-        return f"oneDNN computes on CPUs, and the model is on {facts.device}"
-    if not is_built_in():
-        return "this PyTorch was built without oneDNN"
-    return None
+        return "nothing was timed: the weights are small, or plan_memory places the results"
 
 
 def _numbers(site: Linear) -> int:
