@@ -275,10 +275,6 @@ def test_strict_insists(monkeypatch: pytest.MonkeyPatch) -> None:
         fxopt.optimize(tiny("llama"), 64, chunk=16, backend="aot_eager", passes=INSISTING, strict=True)
 
 
-def facts_of(model: Any) -> Facts:
-    return model.fxopt.engine.facts  # type: ignore[no-any-return]
-
-
 def test_beside_a_plan_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     timing_with(monkeypatch, clock := Clock())
     with pytest.warns(
