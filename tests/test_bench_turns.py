@@ -197,6 +197,22 @@ def test_the_first_setting_is_alone_when_it_gets_ready() -> None:
     assert found.without_turns == {}
 
 
+def test_what_cannot_be_prepared_alone_is_not_crowded_out() -> None:
+    class Unprepared(Fake):
+        def prepare(self, subject: Subject) -> None:
+            raise MemoryError
+
+    found = measuring([Unprepared("a", []), *fakes(["b"], [])])
+    found.run(Series([Setting(batch, 6, 4, 10) for batch in (1, 2)], "batch"))
+    assert outcome(found) == [
+        ("a", 1, 0, OUT_OF_MEMORY),
+        ("b", 1, 2, None),
+        ("a", 2, 0, OUT_OF_MEMORY),
+        ("b", 2, 2, None),
+    ]
+    assert found.without_turns == {}
+
+
 @pytest.mark.parametrize("fits_alone", [True, False])
 @pytest.mark.parametrize("call", [1, 3], ids=["while it gets ready", "when all are there"])
 def test_settings_that_do_not_fit_together(call: int, fits_alone: bool) -> None:

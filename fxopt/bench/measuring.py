@@ -93,7 +93,7 @@ class Measuring:
             compilers.enter_context(new_compilers())
             for setting in settings:
                 added = self._ready(series, field, setting)
-                if entries and (reason := _out_of_memory(added)) is not None:
+                if entries and (reason := _crowded_out(added, entries)) is not None:
                     return reason
                 entries += added
         return None
@@ -173,10 +173,13 @@ def _settled(entries: Sequence[Entry]) -> str | None:
     ready = [entry for entry in entries if entry.row.trouble is None]
     for entry in ready:
         entry.settle()
-    return _out_of_memory(ready)
+    return _crowded_out(ready)
 
 
-def _out_of_memory(entries: Sequence[Entry]) -> str | None:
-    """The first that was."""
-    rows = [entry.row for entry in entries if entry.row.trouble == OUT_OF_MEMORY]
-    return f"{rows[0].contender}, {rows[0].setting}: {OUT_OF_MEMORY}" if rows else None
+def _crowded_out(entries: Sequence[Entry], before: Sequence[Entry] = ()) -> str | None:
+    """The first that ran out of memory, except those that did so alone, in a setting before: sizes grow."""
+    hopeless = {entry.row.contender for entry in before if entry.row.trouble == OUT_OF_MEMORY}
+    for row in (entry.row for entry in entries):
+        if row.trouble == OUT_OF_MEMORY and row.contender not in hopeless:
+            return f"{row.contender}, {row.setting}: {OUT_OF_MEMORY}"
+    return None
