@@ -28,6 +28,7 @@ from fxopt.bench.measuring import Effort
 from fxopt.bench.ours import Ours
 from fxopt.bench.pictures import drawing
 from fxopt.bench.results import Results
+from fxopt.bench.series import Series
 from fxopt.bench.setting import settings
 from fxopt.bench.source import Source
 from fxopt.bench.stock import DynamicCompiled, StaticCompiled, StockEager
@@ -86,7 +87,7 @@ def main() -> int:
     return run(
         Job(
             source,
-            wanted,
+            [Series(wanted)],
             lambda: [contender(options.preallocate, options.compile)],
             Effort(),
             shown,

@@ -13,6 +13,7 @@ from fxopt.bench.contender import Contender, Stamp, Tokens
 from fxopt.bench.figures import Figures
 from fxopt.bench.machine import Machine
 from fxopt.bench.measuring import Effort, Measuring
+from fxopt.bench.memory import Meter
 from fxopt.bench.results import Results
 from fxopt.bench.setting import Setting
 from fxopt.bench.source import Source
@@ -53,6 +54,55 @@ class Fake(Contender):
             assert stamp is not None
             stamp()
         return [[self._answer] * new] * prompt.shape[0]
+
+
+class FakeMeter(Meter):
+    """Memory that contenders say they take."""
+
+    what = "a number"
+
+    def __init__(self) -> None:
+        self.held = self.most = 1000
+
+    def take(self, nbytes: int) -> None:
+        self.held += nbytes
+        self.most = max(self.most, self.held)
+
+    def now(self) -> int:
+        return self.held
+
+    def restart(self) -> None:
+        self.most = self.held
+
+    def peak(self) -> int:
+        return self.most
+
+
+class Taking(Fake):
+    """Keeps ``code`` from the preparation on and a cache between calls, and takes ``run`` while it runs."""
+
+    def __init__(self, name: str, meter: FakeMeter, *, code: int, cache: int, run: int, shares: bool = True) -> None:
+        super().__init__(name, [])
+        self.shares_weights = shares  # type: ignore[misc]
+        self._meter, self._code, self._cache, self._run = meter, code, cache, run
+        self._cached = False
+
+    def prepare(self, subject: Subject) -> None:
+        self._meter.take(10 * self._code)  # while it compiles
+        self._meter.take(-9 * self._code)
+
+    def generate(self, prompt: Tensor, new: int, stamp: Any) -> list[list[int]]:
+        if not self._cached:
+            self._cached = True
+            self._meter.take(self._cache)
+        self._meter.take(self._run)
+        self._meter.take(-self._run)
+        return super().generate(prompt, new, stamp)
+
+    def release(self) -> None:
+        if self._cached:
+            self._cached = False
+            self._meter.take(-self._cache)
 
 
 def measuring(contenders: Sequence[Contender], rounds: int = 2) -> Measuring:

@@ -17,7 +17,7 @@ from fxopt.bench import records
 from fxopt.bench.answers import agreed, hashed
 from fxopt.bench.bandwidth import read_speed
 from fxopt.bench.figures import figures
-from fxopt.bench.growth import NAMES, axes, settings_of
+from fxopt.bench.growth import NAMES, axes
 from fxopt.bench.row import Row
 from fxopt.bench.setting import Setting, settings
 from fxopt.bench.table import ABLATION, COLUMNS, compared, grown
@@ -61,8 +61,9 @@ def test_axes_stay_within_the_positions() -> None:
     for limit, longest in ((4096, 4096), (100_000, 8192), (None, 8192)):
         found = axes(limit)
         assert tuple(axis.name for axis in found) == NAMES
-        assert max(one.max_len for one in settings_of(found)) == longest
-        assert all(one.prompt + one.new <= one.max_len for one in settings_of(found))
+        wanted = [one for axis in found for one in axis.settings]
+        assert max(one.max_len for one in wanted) == longest
+        assert all(one.prompt + one.new <= one.max_len for one in wanted)
 
 
 @pytest.mark.parametrize("axis", axes(4096), ids=lambda axis: axis.name)
@@ -71,13 +72,6 @@ def test_one_size_grows_along_an_axis(axis: Any) -> None:
     assert sizes == sorted(set(sizes))
     assert len(sizes) > 2
     assert len({dataclasses.replace(one, **{axis.size: 1}) for one in axis.settings}) == 1
-
-
-def test_what_two_axes_share_is_measured_once() -> None:
-    lengths, _, _, batches = axes(4096)
-    assert set(lengths.settings) & set(batches.settings)
-    found = settings_of([lengths, batches])
-    assert len(found) == len(set(found)) == len(lengths.settings) + len(batches.settings) - 1
 
 
 # --- timing --------------------------------------------------------------------------------------
@@ -140,13 +134,13 @@ def test_an_answer_of_another_length_is_no_answer() -> None:
 def test_figures_of_a_row() -> None:
     runs = (ran(0.3, 0.1, 0.1, 0.5), ran(0.2, 0.2, 0.2, 0.2), ran(0.4, 0.3, 0.1, 0.2))
     own = row(*runs, step_bytes=4e9, peak_bytes=5 * 10**8)
-    found = figures(own, None, None, read_speed=4e10)
+    found = figures(own, None, None, None)
     assert found.prefill_ms == pytest.approx(300)
     assert found.token_ms == pytest.approx(200), "the median of all steps, not the mean"
     assert found.decode_tok_s == pytest.approx(2 / 0.2)
     assert found.tok_s == pytest.approx(2 * 4 / 1.0), "new tokens of all sequences over the median total"
     assert found.read_gb_s == pytest.approx(20)
-    assert found.of_read_speed == pytest.approx(0.5)
+    assert found.of_read_speed is None, "nobody read memory beside it"
     assert found.peak_mb == 500
     assert (found.rounds, found.trouble, found.agreed, found.to_stock) == (3, None, None, None)
 
@@ -161,7 +155,27 @@ def test_ratios_are_taken_in_each_round() -> None:
     assert found.decode_to_before == pytest.approx(2.0)
     assert found.to_stock == pytest.approx(7 / 3)
     assert found.to_before == pytest.approx(4 / 3)
-    assert found.of_read_speed is None
+    assert found.step_to_first is None
+
+
+def test_growth_is_taken_in_each_round() -> None:
+    """The machine becomes slower and slower: the medians of all steps would say 3.0 and not 1.5."""
+    first = row(ran(1, 2, 2, 2), ran(1, 2, 2, 2), ran(9, 20, 20, 20), ready_s=4.0)
+    own = row(ran(1, 3, 3, 3), ran(1, 6, 6, 6), ran(9, 30, 30, 30), ready_s=6.0)
+    found = figures(own, None, None, first)
+    assert found.step_to_first == pytest.approx(1.5)
+    assert found.ready_to_first == pytest.approx(1.5)
+    assert figures(first, None, None, first).step_to_first == pytest.approx(1.0)
+    failed = figures(own, None, None, row(trouble="out of memory"))
+    assert (failed.step_to_first, failed.ready_to_first) == (None, None)
+
+
+def test_the_limit_is_that_of_the_round() -> None:
+    """Memory is quick in the first round alone; the best read of all rounds would make it 0.2."""
+    steps, speeds = (0.1, 0.5, 0.5, 0.5), (8e10, 2e10, 1e10, None)
+    runs = [dataclasses.replace(ran(1, step), read_speed=speed) for step, speed in zip(steps, speeds, strict=True)]
+    found = figures(row(*runs, step_bytes=4e9), None, None, None)
+    assert found.of_read_speed == pytest.approx(0.5), "of 0.5, 0.4 and 0.8"
 
 
 def test_a_round_that_was_not_finished_is_not_compared() -> None:
@@ -171,7 +185,7 @@ def test_a_round_that_was_not_finished_is_not_compared() -> None:
 
 def test_a_row_without_runs() -> None:
     stock = row(ran(1, 1, 1, 1), contender="stock eager")
-    found = figures(row(trouble="out of memory"), stock, stock, 1e9)
+    found = figures(row(trouble="out of memory"), stock, stock, stock)
     assert (found.token_ms, found.tok_s, found.to_stock, found.trouble) == (None, None, None, "out of memory")
     assert not found.has_failed
     assert figures(row(), stock, None, None).trouble == "not measured"
@@ -252,7 +266,8 @@ def test_a_table_says_what_was_measured() -> None:
     assert "broken, batch 1, prompt 20, 8 new tokens, max_len 28: out of memory" in text
     assert "some processor, 1 threads of 2 cores; torch 2.13.0" in text
     assert "(abc1234); 2026-11-21" in text
-    assert "between the rounds, 20.0 GB/s" in text
+    assert "limit: a plain read of memory in the same round" in text
+    assert "20.0 GB/s" in text
     assert "to above" not in text
     assert max(map(len, text.splitlines())) <= 130
 
@@ -295,21 +310,44 @@ def test_what_nobody_measured_has_no_column() -> None:
     assert "peak" not in compared(results(dataclasses.replace(one, peak_mb=None)))
 
 
-def test_growth_has_sizes_from_left_to_right() -> None:
-    axis = axes(4096)[0]
+def test_growth_is_told_beside_the_time() -> None:
+    """Contender by contender; what another axis has measured is not in the table."""
+    lengths, _, depths, _ = axes(4096)
     found = [
-        figure(name, one, token_ms=1.5 * step)
+        figure(name, one, axis="max-len", token_ms=1.5 * step, step_to_first=1.25 * step)
+        for step, one in enumerate(lengths.settings, start=1)
         for name in ("stock", "fxopt")
-        for step, one in enumerate(axis.settings, start=1)
     ]
-    found[-2] = dataclasses.replace(found[-2], token_ms=None, trouble="out of memory")
-    text = grown(results(*found), [axis])
-    _, header, _, line = _table(text)
-    assert header.split() == ["contender", "256", "1,024", "4,096", "last/first"]
-    assert line.split() == ["stock", "1.5", "3.0", "4.5", "3.00x"]
-    fast = next(one for one in text.splitlines() if one.startswith("fxopt "))
-    assert fast.split() == ["fxopt", "1.5", "4.5", "3.00x"]
-    assert "fxopt, batch 1, prompt 64, 16 new tokens, max_len 1024: out of memory" in text
+    found[3] = dataclasses.replace(found[3], token_ms=None, step_to_first=None, trouble="it broke")
+    found.append(figure("other", lengths.settings[0], axis="batch"))
+    text = grown(results(*found), [lengths])
+    lines = [line.split() for line in text.splitlines()]
+    assert [line for line in lines if line[:1] == ["stock"]] == [
+        ["stock", "256", "1.5", "1.25x"],
+        ["stock", "1,024", "3.0", "2.50x"],
+        ["stock", "4,096", "4.5", "3.75x"],
+    ]
+    assert ["fxopt", "1,024"] in lines
+    assert ["contender", "max_len", "ms/token", "long", "as", "with", "256"] in lines
+    assert "fxopt, batch 1, prompt 64, 16 new tokens, max_len 1024: it broke" in text
+    assert "the median of the rounds; all sizes ran in turns in each round." in text
+    assert "other" not in text
+    assert "ready" not in text, "what is prepared may serve several sizes"
+    deep = figure("fxopt", depths.settings[1], axis="depth", token_ms=2.0, step_to_first=1.75, ready_to_first=1.1)
+    text = grown(results(deep), [depths])
+    assert next(line.split() for line in text.splitlines() if line.startswith("fxopt")) == [
+        "fxopt", "8", "1.0", "1.10x", "2.0", "1.75x",
+    ]  # fmt: skip
+    assert "measured once" in text
+
+
+def test_growth_without_turns_says_so() -> None:
+    lengths = axes(4096)[0]
+    one = figure("fxopt", lengths.settings[0], axis="max-len", token_ms=1.0)
+    text = grown(dataclasses.replace(results(one), without_turns={"max-len": "no room for b"}), [lengths])
+    assert "sizes ran one after the other, so a machine that drifts looks like growth." in text
+    assert "no turns: the sizes did not fit into memory at once; no room for b" in text
+    assert "in turns" not in text
 
 
 def test_a_busy_machine_is_said_to_be_busy() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_fakes import MACHINE, TINY, Fake, measuring
+from bench_fakes import MACHINE, TINY, Fake, FakeMeter, Taking, measuring
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,10 +22,11 @@ from fxopt.bench.configs import CONFIGS, known_config, with_layers
 from fxopt.bench.contender import Contender
 from fxopt.bench.job import INTERRUPTED, WRONG, Job, run
 from fxopt.bench.measuring import Effort, Measuring, new_compilers
-from fxopt.bench.memory import Meter, Resident, meter_for, tidy
+from fxopt.bench.memory import Resident, meter_for, tidy
 from fxopt.bench.pictures import drawing
 from fxopt.bench.results import Results
 from fxopt.bench.row import Row
+from fxopt.bench.series import Series
 from fxopt.bench.setting import Setting, settings
 from fxopt.bench.source import Source
 from fxopt.bench.stock import STOCK
@@ -42,7 +43,7 @@ SMALL = settings([1], [6], [4])
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is not read for its speed nor tidied up, and compilers that are not used keep their caches."""
     monkeypatch.setattr("fxopt.bench.field.tidy", lambda: None)
-    monkeypatch.setattr("fxopt.bench.measuring.tidy", lambda: None)
+    monkeypatch.setattr("fxopt.bench.models.tidy", lambda: None)
     monkeypatch.setattr("fxopt.bench.trouble.tidy", lambda: None)
     monkeypatch.setattr("fxopt.bench.measuring.read_speed", lambda device: 2e10)
     monkeypatch.setattr("fxopt.bench.measuring.new_compilers", contextlib.nullcontext)
@@ -59,17 +60,17 @@ def full(*_: object) -> None:
 def test_contenders_run_in_turns() -> None:
     calls: list[str] = []
     found = measuring([Fake("a", calls), Fake("b", calls)], rounds=3)
-    found.run(SMALL)
+    found.run(Series(SMALL))
     assert calls == ["prepare b", "prepare a", "a", "a", "b", "b", *("a", "b") * 3]
     assert [(row.contender, len(row.runs)) for row in found.rows] == [("a", 3), ("b", 3)]
-    assert found.read_speeds == [2e10] * 3
+    assert [run.read_speed for row in found.rows for run in row.runs] == [2e10] * 6
 
 
 def test_one_preparation_serves_settings_with_one_cache() -> None:
     calls: list[str] = []
     lengths = [*settings([1, 2], [6], [4]), *settings([1], [6], [4], 20)]
     found = measuring([Fake("a", calls)], rounds=1)
-    found.run(lengths)
+    found.run(Series(lengths))
     assert calls.count("prepare a") == 2
     assert [row.setting for row in found.rows] == lengths
 
@@ -126,7 +127,7 @@ def test_an_error_is_a_row(error: Exception | None, said: str) -> None:
 
     calls: list[str] = []
     found = measuring([Fake("a", calls, act), Fake("b", calls)])
-    found.run(settings([1, 2], [6], [4]))
+    found.run(Series(settings([1, 2], [6], [4])))
     rows = {(row.contender, row.setting.batch): row for row in found.rows}
     assert {key: row.trouble for key, row in rows.items() if row.trouble} == {("a", 2): said}
     assert [len(row.runs) for row in rows.values()] == [2, 2, 0, 2]
@@ -140,7 +141,7 @@ def test_what_cannot_be_prepared_is_not_tried_again() -> None:
 
     calls: list[str] = []
     found = measuring([Unprepared("a", calls)])
-    found.run(settings([1, 2], [6], [4]))
+    found.run(Series(settings([1, 2], [6], [4])))
     assert calls == ["prepare a"]
     assert [row.trouble for row in found.rows] == [OUT_OF_MEMORY] * 2
 
@@ -167,7 +168,7 @@ def test_who_cannot_take_part_has_no_row() -> None:
             return "it is not installed" if setting.batch > 1 else None
 
     found = measuring([Absent("a", []), Fake("b", [])])
-    found.run(settings([1, 2], [6], [4]))
+    found.run(Series(settings([1, 2], [6], [4])))
     assert [(row.contender, row.setting.batch) for row in found.rows] == [("a", 1), ("b", 1), ("b", 2)]
     assert found.left_out == {"a": "it is not installed"}
 
@@ -175,7 +176,7 @@ def test_who_cannot_take_part_has_no_row() -> None:
 def test_rows_are_compared_within_their_setting() -> None:
     """With the stock model, and with the row above; the first row of a setting has none above."""
     found = measuring([Fake(STOCK, []), Fake("a", []), Fake("b", [], answer=8)])
-    found.run(settings([1, 2], [6], [4]))
+    found.run(Series(settings([1, 2], [6], [4])))
     compared = Results.of(found, MACHINE).figures
     assert [one.to_stock is not None for one in compared] == [True] * 6
     assert [one.to_before is not None for one in compared] == 2 * [False, True, True]
@@ -186,7 +187,7 @@ def test_rows_are_compared_within_their_setting() -> None:
 
 
 def job(*contenders: Contender, sizes: list[Setting] = SMALL, **others: Any) -> Job:
-    return Job(TINY, sizes, lambda: contenders, Effort(rounds=2), **others)
+    return Job(TINY, [Series(sizes)], lambda: contenders, Effort(rounds=2), **others)
 
 
 def test_ctrl_c_shows_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,7 +276,7 @@ def test_two_models_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Source, "load", counting)
     found = Measuring(TINY, lambda: [Holding("a", [])], Effort(1), Progress(io.StringIO()))
-    found.run([Setting(1, 6, 4, 10, layers) for layers in (1, 2, 3)])
+    found.run(Series([Setting(1, 6, 4, 10, layers) for layers in (1, 2, 3)]))
     assert len(seen) == 3
 
 
@@ -323,55 +324,6 @@ def test_what_cannot_be_kept_is_not_measured(others: dict[str, Any], words: str)
 # --- memory --------------------------------------------------------------------------------------
 
 
-class FakeMeter(Meter):
-    """Memory that contenders say they take."""
-
-    what = "a number"
-
-    def __init__(self) -> None:
-        self.held = self.most = 1000
-
-    def take(self, nbytes: int) -> None:
-        self.held += nbytes
-        self.most = max(self.most, self.held)
-
-    def now(self) -> int:
-        return self.held
-
-    def restart(self) -> None:
-        self.most = self.held
-
-    def peak(self) -> int:
-        return self.most
-
-
-class Taking(Fake):
-    """Keeps ``code`` from the preparation on and a cache between calls, and takes ``run`` while it runs."""
-
-    def __init__(self, name: str, meter: FakeMeter, *, code: int, cache: int, run: int, shares: bool = True) -> None:
-        super().__init__(name, [])
-        self.shares_weights = shares  # type: ignore[misc]
-        self._meter, self._code, self._cache, self._run = meter, code, cache, run
-        self._cached = False
-
-    def prepare(self, subject: Subject) -> None:
-        self._meter.take(10 * self._code)  # while it compiles
-        self._meter.take(-9 * self._code)
-
-    def generate(self, prompt: Tensor, new: int, stamp: Any) -> list[list[int]]:
-        if not self._cached:
-            self._cached = True
-            self._meter.take(self._cache)
-        self._meter.take(self._run)
-        self._meter.take(-self._run)
-        return super().generate(prompt, new, stamp)
-
-    def release(self) -> None:
-        if self._cached:
-            self._cached = False
-            self._meter.take(-self._cache)
-
-
 def test_peaks_are_those_of_contenders_alone() -> None:
     """What the others keep is not counted, nor what preparation took for a while; foreign weights are their own."""
     meter = FakeMeter()
@@ -382,7 +334,7 @@ def test_peaks_are_those_of_contenders_alone() -> None:
     ]
     found = measuring(field)
     found.meter = meter
-    found.run(settings([1, 2], [6], [4]))
+    found.run(Series(settings([1, 2], [6], [4])))
     weights = sum(one.nbytes for one in (*TINY.load()[0].parameters(), *TINY.load()[0].buffers()))
     assert [row.peak_bytes for row in found.rows] == 2 * [weights + 50_790, weights + 23, 8_000_005]
 
@@ -390,7 +342,7 @@ def test_peaks_are_those_of_contenders_alone() -> None:
 def test_without_a_meter_there_is_no_peak() -> None:
     found = measuring([Fake("a", [])])
     found.meter = None
-    found.run(SMALL)
+    found.run(Series(SMALL))
     assert [row.peak_bytes for row in found.rows] == [None]
     assert len(found.rows[0].runs) == 2
 
@@ -464,6 +416,6 @@ def test_depths_are_measured_one_after_the_other() -> None:
             depths.append(subject.model.config.num_hidden_layers)
 
     found = measuring([Depth("a", [])], rounds=1)
-    found.run([Setting(1, 6, 4, 10, layers) for layers in (1, 3)])
+    found.run(Series([Setting(1, 6, 4, 10, layers) for layers in (1, 3)]))
     assert depths == [1, 3]
     assert [one.setting.layers for one in Results.of(found, MACHINE).figures] == [1, 3]

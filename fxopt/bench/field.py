@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -35,11 +34,10 @@ class Field:
     def prepare(self, contender: Contender, row: Row) -> None:
         """Once; what has failed would fail again."""
         if contender.name not in self._prepared:
-            began = time.perf_counter()
-            with noted(row), self._progress.step(f"prepare {contender.name}"), self.keeping(contender):
+            step = self._progress.step(f"prepare {contender.name}")
+            with noted(row), step, self.keeping(contender), row.getting_ready():
                 contender.prepare(self.subject)
             self._prepared[contender.name] = row.trouble
-            row.ready_s = time.perf_counter() - began
         row.trouble = self._prepared[contender.name]
 
     @contextlib.contextmanager

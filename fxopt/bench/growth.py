@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fxopt.bench.chart import Panel
 from fxopt.bench.figures import Figures
 from fxopt.bench.pictures import lines
 from fxopt.bench.results import Results
+from fxopt.bench.series import Series
 from fxopt.bench.setting import Setting
 
 LONGEST = 8192  # where the model can do as many
@@ -30,11 +31,23 @@ class Axis:
     value: Callable[[Figures], float | None]
     settings: tuple[Setting, ...]
 
-    def panel(self, results: Results) -> Panel:
-        return Panel(self.title, self.x, self.y, lines(self._figures(results), self.size, self.value))
+    @property
+    def series(self) -> Series:
+        return Series(self.settings, self.name)
 
-    def _figures(self, results: Results) -> list[Figures]:
-        return [one for one in results.figures if one.setting in self.settings]
+    @property
+    def is_about_getting_ready(self) -> bool:
+        """Which happens once, and not in every round."""
+        return self.value is _ready
+
+    def panel(self, results: Results) -> Panel:
+        return Panel(self.title, self.x, self.y, lines(self.figures(results), self.size, self.value))
+
+    def figures(self, results: Results) -> list[Figures]:
+        return [one for one in results.figures if one.axis == self.name]
+
+    def size_of(self, setting: Setting) -> int:
+        return int(getattr(setting, self.size))
 
 
 def axes(most_positions: int | None) -> tuple[Axis, ...]:
@@ -80,11 +93,6 @@ def axes(most_positions: int | None) -> tuple[Axis, ...]:
             tuple(Setting(batch, prompt, NEW, short) for batch in BATCHES),
         ),
     )
-
-
-def settings_of(chosen: Sequence[Axis]) -> list[Setting]:
-    """What is to be measured for some axes; what two of them share is measured once."""
-    return list(dict.fromkeys(setting for axis in chosen for setting in axis.settings))
 
 
 def _step(one: Figures) -> float | None:

@@ -17,7 +17,7 @@ from fxopt.bench.machine import Machine
 from fxopt.bench.measuring import Effort, Measuring
 from fxopt.bench.pictures import title
 from fxopt.bench.results import Results
-from fxopt.bench.setting import Setting
+from fxopt.bench.series import Series
 from fxopt.bench.source import Source
 from fxopt.bench.table import compared
 from fxopt.bench.traces import Traces
@@ -32,7 +32,7 @@ class Job:
     """What is measured, how it is shown, and where it is written."""
 
     source: Source
-    settings: Sequence[Setting]
+    series: Sequence[Series]
     lineup: Callable[[], Sequence[Contender]]
     effort: Effort
     shown: Callable[[Results], str] = compared
@@ -50,7 +50,8 @@ def run(job: Job) -> int:
     ended = ""
     try:
         with _ending_as_ctrl_c():
-            measuring.run(job.settings)
+            for series in job.series:
+                measuring.run(series)
     except KeyboardInterrupt:
         ended = "interrupted"
     except FxoptError as error:
@@ -84,7 +85,8 @@ def _ending_as_ctrl_c() -> Iterator[None]:
 
 def _check(job: Job) -> None:
     """Before anything is measured, whether what was measured can be kept."""
-    longest, limit = max(setting.max_len for setting in job.settings), job.source.most_positions
+    longest = max(setting.max_len for series in job.series for setting in series.settings)
+    limit = job.source.most_positions
     if limit is not None and longest > limit:
         raise InvalidRequestError(f"max_len {longest} was asked for, and {job.source.name} has {limit} positions")
     if job.csv is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 
 from fxopt.bench.figures import Figures, figures
 from fxopt.bench.machine import Machine
@@ -21,26 +22,31 @@ class Results:
     machine: Machine
     figures: tuple[Figures, ...]
     left_out: dict[str, str]
-    read_gb_s: float | None
+    read_gb_s: float | None  # of plain reads of memory, in the median
     memory: str | None  # what the peaks count
+    without_turns: dict[str, str] = field(default_factory=dict)  # axes whose settings ran one by one, and why
 
     @classmethod
     def of(cls, measuring: Measuring, machine: Machine) -> Results:
-        speed = max(measuring.read_speeds, default=None)
-        stock: dict[Setting, Row] = {row.setting: row for row in measuring.rows if row.contender == STOCK}
-        above: dict[Setting, Row] = {}
+        rows = {(row.axis, row.setting, row.contender): row for row in measuring.rows}
+        above: dict[tuple[str, Setting], Row] = {}
+        start: dict[str, Setting] = {}
         found = []
         for row in measuring.rows:
-            found.append(figures(row, stock.get(row.setting), above.get(row.setting), speed))
-            above[row.setting] = row
+            place = row.axis, row.setting
+            first = rows.get((row.axis, start.setdefault(row.axis, row.setting), row.contender)) if row.axis else None
+            found.append(figures(row, rows.get((*place, STOCK)), above.get(place), first))
+            above[place] = row
+        speeds = [run.read_speed for row in measuring.rows for run in row.runs if run.read_speed]
         return cls(
             str(measuring.source),
             str(measuring.source.dtype).removeprefix("torch."),
             machine,
             tuple(found),
             dict(measuring.left_out),
-            None if speed is None else speed / 1e9,
+            statistics.median(speeds) / 1e9 if speeds else None,
             None if measuring.meter is None else measuring.meter.what,
+            dict(measuring.without_turns),
         )
 
     @property

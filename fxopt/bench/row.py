@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fxopt.bench.contender import Tokens
@@ -15,6 +18,7 @@ class Row:
 
     contender: str
     setting: Setting
+    axis: str = ""  # along which it took turns with other settings
     is_ours: bool = False
     step_bytes: float = 0.0  # that a decode step must read
     ready_s: float = 0.0  # until the first answer: preparation and compilation
@@ -23,6 +27,15 @@ class Row:
     text_hash: str = ""
     runs: list[Run] = field(default_factory=list)
     trouble: str | None = None  # why it was not measured, or not to the end
+
+    @contextlib.contextmanager
+    def getting_ready(self) -> Iterator[None]:
+        """What happens inside belongs to the time until the first answer."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ready_s += time.perf_counter() - began
 
     @property
     def is_steady(self) -> bool:

@@ -11,6 +11,7 @@ from transformers import CompileConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from fxopt.bench.contender import Contender, Stamp, Tokens
+from fxopt.bench.own_code import with_own_code
 from fxopt.bench.subject import Subject
 from fxopt.lower import Backend
 
@@ -72,7 +73,7 @@ class DynamicCompiled(Contender):
 
     def prepare(self, subject: Subject) -> None:
         self._model = copy.copy(subject.model)
-        self._model.forward = torch.compile(subject.model.forward, dynamic=True, backend=self._backend)
+        self._model.forward = torch.compile(with_own_code(subject.model.forward), dynamic=True, backend=self._backend)
 
     def generate(self, prompt: Tensor, new: int, stamp: Stamp | None) -> Tokens:
         return generated(self._model, prompt, new, stamp)
@@ -89,6 +90,7 @@ class StaticCompiled(Contender):
 
     def prepare(self, subject: Subject) -> None:
         self._model = copy.copy(subject.model)  # which keeps its compiled forward to itself
+        self._model.__call__ = with_own_code(subject.model.forward)  # what ``generate`` compiles
         self._max_len = subject.max_len
         self._caches: dict[int, Any] = {}
         recorded = subject.source.device.type == "cuda" and self._backend == "inductor"
@@ -104,8 +106,8 @@ class StaticCompiled(Contender):
         self._caches.clear()
 
     def _empty(self, batch: int) -> Any:
-        """The cache of the last call: recorded graphs are bound to its addresses."""
+        """The cache of the last call with this batch: recorded graphs are bound to its addresses."""
         if batch not in self._caches:
-            self._caches = {batch: StaticCache(config=self._model.config, max_cache_len=self._max_len)}
+            self._caches[batch] = StaticCache(config=self._model.config, max_cache_len=self._max_len)
         self._caches[batch].reset()
         return self._caches[batch]

@@ -56,7 +56,10 @@ LEGEND = {
     "decode\nto above": "to above: the same, to the row above.",
     "peak\nMB": "peak: {memory}, if this contender were alone: weights, what it keeps, and one run.",
     "reads\nGB/s": "reads: all weights and the filled cache, in the time of a decode step.",
-    "of the\nlimit": "limit: the best plain read of memory between the rounds, {limit} GB/s.",
+    "of the\nlimit": (
+        "limit: a plain read of memory in the same round, {limit} GB/s in the median; the share is the median of the "
+        "rounds."
+    ),
     "hash": "hash: sha256 of the decoded prompts and answers.",
     "same\ntokens": "same tokens: as those of stock eager, or up to which one.",
 }
@@ -81,21 +84,43 @@ def compared(results: Results, columns: dict[str, Cell] = COLUMNS) -> str:
 
 
 def grown(results: Results, axes: Sequence[Axis]) -> str:
-    """A table for each axis: sizes from left to right, and how many times the first the last one is."""
+    """A table for each axis: what each contender takes for each size, and how many times what the first one takes."""
     parts = [heading(results)]
     for axis in axes:
-        panel = axis.panel(results)
-        sizes = sorted({x for line in panel.lines.values() for x, _ in line})
-        table = []
-        for name, line in panel.lines.items():
-            measured = dict(line)
-            values = [measured.get(size) for size in sizes]
-            ratio = values[-1] / values[0] if values[0] and values[-1] else None
-            table.append([name, *map(number, values), number(ratio, ".2f", "x")])
-        headers = ["contender", *(f"{size:,.0f}" for size in sizes), "last/first"]
-        troubled = [one for one in results.figures if one.setting in axis.settings]
-        parts += [f"{panel.title}: {panel.y} over {panel.x}\n\n{_tabulated(table, headers)}", *_troubles(troubled)]
+        found = axis.figures(results)
+        columns = _growth_columns(axis)
+        names = dict.fromkeys(one.contender for one in found)
+        ordered = [one for name in names for one in found if one.contender == name]
+        table = [[one.contender, *(cell(one) for cell in columns.values())] for one in ordered]
+        parts += [f"{axis.title}\n\n{_tabulated(table, ['contender', *columns])}", *_troubles(found)]
+        parts.append(_growth_legend(axis, results.without_turns.get(axis.name)))
     return "\n\n".join([*parts, *_left_out(results)])
+
+
+def _growth_columns(axis: Axis) -> dict[str, Cell]:
+    first = f"{axis.size_of(axis.settings[0]):,}"
+    columns: dict[str, Cell] = {axis.x: lambda one: f"{axis.size_of(one.setting):,}"}
+    if axis.is_about_getting_ready:
+        columns["ready\ns"] = lambda one: number(axis.value(one))
+        columns[f"ready, times as\nlong as with {first}"] = lambda one: number(one.ready_to_first, ".2f", "x")
+    columns["decode\nms/token"] = COLUMNS["decode\nms/token"]
+    columns[f"decode, times as\nlong as with {first}"] = lambda one: number(one.step_to_first, ".2f", "x")
+    return columns
+
+
+def _growth_legend(axis: Axis, without_turns: str | None) -> str:
+    first = f"{axis.size_of(axis.settings[0]):,}"
+    how = "all sizes ran in turns in each round"
+    if without_turns is not None:
+        how = "sizes ran one after the other, so a machine that drifts looks like growth"
+    told = [f"times as long as with {first}: the median of the rounds; {how}."]
+    if without_turns is not None:
+        told.append(f"no turns: the sizes did not fit into memory at once; {without_turns}")
+    if axis.is_about_getting_ready:
+        told.append(
+            "ready: preparation, compilation and the first answer, with nothing compiled before; measured once."
+        )
+    return "\n".join(told)
 
 
 def heading(results: Results) -> str:

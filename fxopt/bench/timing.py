@@ -24,6 +24,7 @@ class Run:
     steps: tuple[float, ...]  # for each further one
     total: float
     tokens: Tokens
+    read_speed: float | None = None  # of a plain read of memory in the same round, bytes per second
 
 
 def timed(contender: Contender, prompt: Tensor, new: int, clock: Clock = time.perf_counter) -> Run:

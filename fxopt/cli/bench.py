@@ -19,6 +19,7 @@ from fxopt.bench.lineup import CONTENDERS, USUAL, Ways, ablation, chosen
 from fxopt.bench.measuring import Effort
 from fxopt.bench.pictures import drawing
 from fxopt.bench.results import Results
+from fxopt.bench.series import Series
 from fxopt.bench.setting import Setting, settings
 from fxopt.bench.source import Source
 from fxopt.bench.table import ABLATION, compared, grown
@@ -33,9 +34,9 @@ BATCH, PROMPT, NEW = 1, 200, 64
 
 _SIZES = ("batch", "prompt", "new", "max_len")
 
-#: Settings, contenders, how results are shown, and what is drawn of them.
+#: What is measured, contenders, how results are shown, and what is drawn of them.
 Question = tuple[
-    list[Setting],
+    Sequence[Series],
     Callable[[], Sequence[Contender]],
     Callable[[Results], str],
     Callable[[Results], Sequence[Panel]] | None,
@@ -53,7 +54,11 @@ def add(commands: Commands) -> None:
     what = parser.add_argument_group("another question").add_mutually_exclusive_group()
     what.add_argument("--ablate", action="store_true", help="what each pass is worth: one row for each that is added")
     what.add_argument(
-        "--growth", nargs="*", choices=growth.NAMES, metavar="AXIS", help=f"how costs grow: {', '.join(growth.NAMES)}"
+        "--growth",
+        nargs="*",
+        choices=growth.NAMES,
+        metavar="AXIS",
+        help=f"how costs grow, the sizes of an axis in turns: {', '.join(growth.NAMES)} (default: all of them)",
     )
     taking = parser.add_argument_group("who takes part")
     taking.add_argument(
@@ -110,13 +115,13 @@ def source_of(arguments: argparse.Namespace) -> Source:
 def _comparison(arguments: argparse.Namespace, source: Source, ways: Ways) -> Question:
     wanted = _sizes(arguments)
     lineup = functools.partial(chosen, arguments.contenders or USUAL, ways)
-    return wanted, lineup, compared, drawing(wanted)
+    return [Series(wanted)], lineup, compared, drawing(wanted)
 
 
 def _ablation(arguments: argparse.Namespace, source: Source, ways: Ways) -> Question:
     wanted = _sizes(arguments)
     shown = functools.partial(compared, columns=ABLATION)
-    return wanted, functools.partial(ablation, ways), shown, drawing(wanted)
+    return [Series(wanted)], functools.partial(ablation, ways), shown, drawing(wanted)
 
 
 def _growth(arguments: argparse.Namespace, source: Source, ways: Ways) -> Question:
@@ -124,7 +129,7 @@ def _growth(arguments: argparse.Namespace, source: Source, ways: Ways) -> Questi
     axes = [axis for axis in growth.axes(source.most_positions) if axis.name in named]
     lineup = functools.partial(chosen, arguments.contenders or USUAL, ways)
     shown = functools.partial(grown, axes=axes)
-    return growth.settings_of(axes), lineup, shown, lambda results: [axis.panel(results) for axis in axes]
+    return [axis.series for axis in axes], lineup, shown, lambda results: [axis.panel(results) for axis in axes]
 
 
 def _sizes(arguments: argparse.Namespace) -> list[Setting]:
