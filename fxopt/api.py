@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
 from fxopt.artifact.keys import Recipe
-from fxopt.choices import choose
+from fxopt.choices import choose, note_linears
 from fxopt.compiler import Compiler, arena_outcome, unplaceable
 from fxopt.engine import Engine, Limits
 from fxopt.errors import CaptureDiffersError, VerificationError, first_line
@@ -21,7 +21,6 @@ from fxopt.judge import Judge
 from fxopt.lower import Backend, Compile
 from fxopt.model import make_fast
 from fxopt.outcome import Check
-from fxopt.passes.linear_library import LinearLibrary
 from fxopt.passes.offload_kv import OffloadKV
 from fxopt.passes.offload_weights import OffloadWeights
 from fxopt.passes.plan_memory import PlanMemory
@@ -126,7 +125,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         if lowered.launches is not None:
             report.launches[role.name] = lowered.launches
     report.graphs = engine.readiness()
-    _note_linears(pipeline, engine, batch)
+    note_linears(pipeline)
     _note_arena(report, pipeline, engine, request.backend)
     _note_streams(report, pipeline, engine, progress, weight_streams)
     report.stages = pipeline.outcomes
@@ -166,15 +165,6 @@ def _insist_on_arena(pipeline: Pipeline, backend: Backend) -> None:
     for rewriter in pipeline.kept:
         if isinstance(rewriter, PlanMemory) and (reason := unplaceable(backend, pipeline.captured.facts.device)):
             pipeline.cannot(rewriter, reason)
-
-
-def _note_linears(pipeline: Pipeline, engine: Engine, batch: int) -> None:
-    """Say which products of the prefill graph another library makes; a decode graph has few left, or the same."""
-    for rewriter in pipeline.kept:
-        outcome = engine.lowered(engine.prefill_role(batch)).linears
-        if isinstance(rewriter, LinearLibrary) and outcome is not None:
-            outcome.show_when_read(pipeline.latest_graph(), lambda: None)
-            pipeline.note(outcome)
 
 
 def _note_arena(report: Report, pipeline: Pipeline, engine: Engine, backend: Backend) -> None:

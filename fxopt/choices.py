@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fxopt.attention_timing import timed_attention
+from fxopt.driver import apply
 from fxopt.errors import first_line, warn
 from fxopt.linear_timing import timed_linears
 from fxopt.passes.decode_attention import DecodeAttention
@@ -32,6 +33,15 @@ def choose(pipeline: Pipeline, batch: int, progress: Progress) -> None:
                 continue
         noted: dict[str, Any] = {field: found}
         pipeline.program = replace(pipeline.program, facts=replace(pipeline.program.facts, **noted))
+
+
+def note_linears(pipeline: Pipeline) -> None:
+    """Say what every graph that is compiled loses and gains by the library that was chosen."""
+    for rewriter in pipeline.kept:
+        if isinstance(rewriter, LinearLibrary):
+            _, outcome = apply(rewriter, pipeline.program)
+            outcome.show_when_read(*pipeline.latest())
+            pipeline.note(outcome)
 
 
 def _timing(

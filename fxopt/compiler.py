@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +57,20 @@ class Compiler:
         self.arena = SharedArena(facts.device) if has_arena else None
 
     def __call__(self, program: Program, role: Role) -> Lowered:
-        linears = None
         if self._linears is not None:
-            program, linears = apply(self._linears, program)
+            program, _ = apply(self._linears, program)
         sets = self._shape_sets(program, role) if self._planned is not None else ()
         if self._dumps:
             self._dump(program, role, sets)
         chain = self._streamed(role) if self._weight_streams is not None or self._row_streams is not None else None
         layered = program.facts.layered
         try:
-            code = lower(program, self.backend, layered=layered, arena=self.arena, shape_sets=sets, chain=chain)
+            return lower(program, self.backend, layered=layered, arena=self.arena, shape_sets=sets, chain=chain)
         except RuntimeError as error:
             raise LoweringError(
                 f"{self.backend} failed to compile the {role.name} graph for {role.sequences}: {first_line(error)} "
                 'Inductor needs a C++ compiler (g++); backend="aot_eager" does without'
             ) from error
-        return replace(code, linears=linears)
 
     def _streamed(self, role: Role) -> ChainMaker:
         """Makes chains whose layers find their weights, or the rows of their cache, in slots."""

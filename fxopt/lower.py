@@ -24,7 +24,6 @@ from fxopt.arena_memory import SharedArena
 from fxopt.chain import Chain, Code, Plan, Step
 from fxopt.errors import first_line
 from fxopt.in_place import InPlaceProof, prove_in_place
-from fxopt.outcome import Outcome
 from fxopt.outline import Region, outline
 from fxopt.placement import ArenaUse, placement
 from fxopt.program import ATTENTION_MASK, Program, key_name
@@ -66,7 +65,6 @@ class Lowered:
     proof: InPlaceProof | None = None
     launches: int | None = None  # kernels and library calls of one run, where the compiler says
     arena_use: ArenaUse | None = None  # where one was asked for
-    linears: Outcome | None = None  # what came of choosing a library for its products
 
     @property
     def program(self) -> Program:

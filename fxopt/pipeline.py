@@ -89,8 +89,16 @@ class Pipeline:
 
     def latest_graph(self) -> Callable[[], Listing]:
         """The last graph that is in ``outcomes`` so far, as lines."""
+        return self.latest()[0]
+
+    def latest(self) -> tuple[Callable[[], Listing], Callable[[], StepCost | None]]:
+        """The same, and what a step on it costs."""
         noted = [outcome for outcome in self.outcomes if outcome.dropped is None]
-        return lambda: next((one.listing for one in reversed(noted) if one.listing), ())
+
+        def last() -> Outcome:
+            return next((one for one in reversed(noted) if one.listing), noted[0])
+
+        return (lambda: last().listing), (lambda: last().step)
 
     def note(self, outcome: Outcome) -> None:
         """Keep what a pass came to that speaks to the compiler."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from fxopt.admission import Selection
+from fxopt.choices import note_linears
 from fxopt.lower import Backend
 from fxopt.report import Report
 from fxopt.specialise import Role
@@ -31,6 +32,7 @@ def explain(
         made = rewritten(model, max_len, passes, dtype=dtype, backend=backend, batch=batch)
         with made.progress.step("specialise"):
             made.specialised(Role("decode", 1 if batch == 1 else None, longest_step=1))
+        note_linears(made.pipeline)
         report = made.pipeline.report(made.model)
         report.seconds = made.progress.seconds
         return report
