@@ -57,7 +57,7 @@ class Compiler:
         self.arena = SharedArena(facts.device) if has_arena else None
 
     def __call__(self, program: Program, role: Role) -> Lowered:
-        if self._linears is not None:
+        if self._linears is not None and self._linears.expected(program):
             program, _ = apply(self._linears, program)
         sets = self._shape_sets(program, role) if self._planned is not None else ()
         if self._dumps:

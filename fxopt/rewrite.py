@@ -17,7 +17,7 @@ class Stage(Enum):
 
     SYMBOLIC = "symbolic"  # the one captured graph, any batch and any number of new tokens
     DECODE = "decode"  # the graph specialised to one new token
-    CODE = "code"  # none: such a pass says how every graph is compiled
+    CODE = "code"  # every graph at the moment when it is compiled, or none: such a pass says how
 
 
 class Located(Protocol):
