@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fxopt.admission import Selection, admit, select
 from fxopt.artifact.keys import Recipe
-from fxopt.choices import choose, note_linears
+from fxopt.choices import choose, note_linears, note_times
 from fxopt.compiler import Compiler, arena_outcome, unplaceable
 from fxopt.engine import Engine, Limits
 from fxopt.errors import CaptureDiffersError, VerificationError, first_line
@@ -111,7 +111,6 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
         report.packed_bytes = packed_bytes(pipeline.program)
         report.code_bytes, report.coded_bytes = code_bytes(pipeline.program)
     choose(pipeline, batch, progress)
-    report.attention, report.linears = pipeline.program.facts.attention, pipeline.program.facts.linears
 
     engine = _compiled(pipeline, request.backend, request.limits, progress, weight_streams, row_streams)
     if judge is not None:
@@ -128,6 +127,7 @@ def build(model: Model, captured: Program, passes: Iterable[Pass[Any]], request:
     note_linears(pipeline)
     _note_arena(report, pipeline, engine, request.backend)
     _note_streams(report, pipeline, engine, progress, weight_streams)
+    note_times(report, pipeline)
     report.stages = pipeline.outcomes
     pipeline.forget_judge()
     recipe = Recipe(asdict(request), pipeline.kept, pipeline.dropped)

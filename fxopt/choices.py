@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fxopt.attention_timing import timed_attention
+from fxopt.compiler import unplaceable
 from fxopt.driver import apply
 from fxopt.errors import first_line, warn
 from fxopt.linear_timing import timed_linears
@@ -15,6 +16,7 @@ from fxopt.passes.linear_library import LinearLibrary
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.pipeline import Pipeline
 from fxopt.progress import Progress
+from fxopt.report import Report
 from fxopt.rewrite import Pass
 from fxopt.timed_forms import TimedForms
 
@@ -44,6 +46,14 @@ def note_linears(pipeline: Pipeline) -> None:
             pipeline.note(outcome)
 
 
+def note_times(report: Report, pipeline: Pipeline) -> None:
+    """Say what was timed for passes that were not taken out again."""
+    facts = pipeline.program.facts
+    applied = {outcome.name for outcome in pipeline.outcomes if outcome.dropped is None}
+    report.attention = facts.attention if DecodeAttention.name in applied else None
+    report.linears = facts.linears if LinearLibrary.name in applied else None
+
+
 def _timing(
     rewriter: Pass[Any], pipeline: Pipeline, batch: int
 ) -> tuple[str, str, Callable[[], TimedForms | None]] | None:
@@ -51,7 +61,14 @@ def _timing(
     program = pipeline.program
     if isinstance(rewriter, DecodeAttention) and (forms := rewriter.candidates(program.facts)):
         return "decode attention", "attention", lambda: timed_attention(program, forms, batch)
-    planned = any(isinstance(one, PlanMemory) for one in pipeline.kept)  # it places what the first library makes
-    if isinstance(rewriter, LinearLibrary) and not planned and (libraries := rewriter.candidates(program)):
+    if isinstance(rewriter, LinearLibrary) and not _places(pipeline) and (libraries := rewriter.candidates(program)):
         return "matrix products", "linears", lambda: timed_linears(program, libraries, rewriter)
     return None
+
+
+def _places(pipeline: Pipeline) -> bool:
+    """Whether there is an arena for results: PyTorch's own library writes into it, oneDNN makes memory of its own."""
+    facts = pipeline.program.facts
+    return (
+        any(isinstance(one, PlanMemory) for one in pipeline.kept) and unplaceable(facts.backend, facts.device) is None
+    )

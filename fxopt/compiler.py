@@ -103,7 +103,7 @@ class Compiler:
             raise InvalidRequestError(f"dump_activation_dag={str(path)!r} cannot be written: {error}") from error
 
 
-def unplaceable(backend: Backend, device: torch.device) -> str | None:
+def unplaceable(backend: str, device: torch.device) -> str | None:
     """Why ``plan_memory`` can place nothing, or None."""
     if backend != "inductor":
         return f"it places what Inductor's code computes, and backend={backend!r} makes none"

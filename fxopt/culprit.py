@@ -68,8 +68,8 @@ def bisect(
 ) -> Culprit:
     """Find the passes, and their places, with which ``check(fast)`` is false or raises.
 
-    Nothing is verified meanwhile, so that the check is the only judge. Passes for compiled code
-    (``fxopt passes`` marks them "decode" or "code") only act with ``backend="inductor"``; those that stream
+    Nothing is verified meanwhile, so that the check is the only judge. Most passes for compiled
+    code (``fxopt passes`` marks them "decode" or "code") only act with ``backend="inductor"``; those that stream
     layers ask for ``compile="layer"``.
     """
     request = Request(max_len, backend=backend, verify="off", chunk=chunk, compile=compile)
@@ -141,7 +141,7 @@ def _narrowed(rewriter: Pass[Any], others: list[Pass[Any]], trials: _Trials) -> 
     trials.fail([*others, rewriter])
     outcome = trials.fast.fxopt.report[rewriter.name]
     numbers = range(outcome.matched + len(outcome.refused))
-    if len(numbers) < 2 or rewriter.stage is Stage.CODE:  # which has pieces of code instead of places in a graph
+    if len(numbers) < 2 or rewriter.stage is Stage.CODE:  # which the compiler applies, to whole graphs
         return rewriter, ()
     numbers_left = smallest(numbers, lambda part: trials.fail([*others, Only(rewriter, tuple(part))]))
     if len(numbers_left) == len(numbers):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fxopt.onednn import onednn_linear
 from fxopt.passes.linear_library import Library, LinearLibrary
-from fxopt.program import Program
+from fxopt.program import LOGIT_POSITIONS, Program
 from fxopt.timed_forms import FormTime, TimedForms
-from fxopt.views import shape
+from fxopt.views import Linear, shape
 
 ROWS = 64  # of the other factor: less than a chunk of a prompt, more than a step of a batch
 ROUNDS = 5
@@ -30,8 +30,9 @@ CALLS: Mapping[Library, Callable[[Tensor, Tensor, None], Tensor]] = {
 
 
 def timed_linears(program: Program, libraries: Sequence[Library], rewriter: LinearLibrary) -> TimedForms:
-    """Time the libraries, in turns, for all products of a graph."""
-    kinds = Counter(tuple(map(int, shape(site.weight))) for site in rewriter.find(program))
+    """Time the libraries, in turns, for all products of a graph that are made for every token."""
+    sites = [site for site in rewriter.find(program) if not _reads_asked(program, site)]
+    kinds = Counter(tuple(map(int, shape(site.weight))) for site in sites)
     seconds: dict[Library, float] = dict.fromkeys(libraries, 0.0)
     random = torch.Generator().manual_seed(0)
     for (rows, width), count in kinds.items():
@@ -41,6 +42,12 @@ def timed_linears(program: Program, libraries: Sequence[Library], rewriter: Line
             seconds[library] += median * count * rows / taken
     times = tuple(FormTime(library, seconds[library]) for library in libraries)
     return TimedForms(f"{ROWS} rows, {sum(kinds.values())} products", times)
+
+
+def _reads_asked(program: Program, site: Linear) -> bool:
+    """Whether it is made for those tokens alone whose logits are asked for, of which a prompt has one."""
+    asked = program.placeholders().get(LOGIT_POSITIONS)
+    return asked is not None and asked in site.x.all_input_nodes
 
 
 @torch.no_grad()

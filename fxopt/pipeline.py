@@ -198,7 +198,8 @@ class Pipeline:
         """
         kept = self._kept(Stage.DECODE)
         changed = [p for p in kept if p.name in self._outcomes and self._outcomes[p.name].changed_something]
-        return [*self._kept(Stage.CODE), *changed]
+        code = [p for p in self._kept(Stage.CODE) if p.expected(self.program) != 0]  # or None: nobody knows
+        return [*code, *changed]
 
     def _names(self, stage: Stage) -> list[str]:
         return [p.name for p in self.passes if p.stage is stage]

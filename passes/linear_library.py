@@ -2,19 +2,21 @@
 
     y = linear(x, W, b)      becomes      y = onednn_linear(x, W, b)
 
-PyTorch hands float32 to the BLAS that it was built with, and half precision to oneDNN. On some processors oneDNN is
-twice as quick in float32 too, on others it is not, so both are timed on the model's own shapes before the choice is
-made. Weights stay as they lie: nothing is packed and there is no second copy. It is the last thing that happens to a
-graph, so that every other pass meets ``linear``.
+PyTorch hands float32 to the BLAS that it was built with, and half precision to oneDNN where the processor has
+instructions for it. On some processors oneDNN is twice as quick in float32 too, on others it is not, so both are
+timed on the model's own shapes before the choice is made. Weights stay as they lie: nothing is packed and there is
+no second copy. It is the last thing that happens to a graph, so that every other pass meets ``linear``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch.fx import Node
 
 from fxopt.errors import InvalidRequestError
 from fxopt.onednn import is_built_in, onednn_linear
@@ -45,12 +47,12 @@ class LinearLibrary(Pass[Linear]):
         return ("aten", "onednn") if any(_numbers(site) >= LEAST_NUMBERS for site in self.find(program)) else ()
 
     def expected(self, program: Program) -> int:
-        return len(list(self.find(program))) if self._why_aten(program.facts) is None else 0
+        return sum(self.refuse(program, site) is None for site in self.find(program))
 
     def find(self, program: Program) -> Iterator[Linear]:
         for site in Linear.all(program):
             result = site.node.meta["val"]
-            if result.dtype == torch.float32 and result.device.type == "cpu":
+            if result.dtype == torch.float32 and result.device.type == "cpu" and _is_matrix(site.weight):
                 yield site
 
     def refuse(self, program: Program, site: Linear) -> str | None:
@@ -58,6 +60,8 @@ class LinearLibrary(Pass[Linear]):
             return reason
         if not site.weight.meta["val"].is_contiguous():
             return f"the rows of its weight {site.weight} do not lie one behind the other"
+        if site.bias is not None and not _is_row(site.bias, site.rows):
+            return f"its bias {site.bias} is not {site.rows} numbers one behind the other"
         return None
 
     def rewrite(self, program: Program, site: Linear) -> None:
@@ -76,9 +80,17 @@ class LinearLibrary(Pass[Linear]):
             return None
         if facts.linears is not None:
             return f"PyTorch's own choice was quickest: {facts.linears}"
-        return "nothing was timed: the weights are small, or plan_memory places the results"
+        return "no library was timed, as optimize does where weights are large and plan_memory places no results"
+
+
+def _is_matrix(weight: Node) -> bool:
+    """Whether it has two sizes that are numbers, as a parameter has."""
+    return len(shape(weight)) == 2 and all(isinstance(size, int) for size in shape(weight))
+
+
+def _is_row(bias: Node, length: int) -> bool:
+    return list(shape(bias)) == [length] and bool(bias.meta["val"].is_contiguous())
 
 
 def _numbers(site: Linear) -> int:
-    rows, width = map(int, shape(site.weight))
-    return rows * width
+    return math.prod(map(int, shape(site.weight)))

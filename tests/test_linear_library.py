@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from torch import Tensor
 
 import fxopt
 from fxopt import choices, linear_timing
+from fxopt.artifact import operators
 from fxopt.driver import apply, op_counts
-from fxopt.errors import InvalidRequestError, RewriteError
+from fxopt.errors import ArtifactError, InvalidRequestError
 from fxopt.families import FAMILIES, tiny
 from fxopt.linear_timing import timed_linears
 from fxopt.onednn import is_built_in, onednn_linear
 from fxopt.passes import linear_library
 from fxopt.passes.linear_library import LinearLibrary
+from fxopt.pipeline import Pipeline, Policy
 from fxopt.program import Program
 from fxopt.timed_forms import FormTime, TimedForms
 from fxopt.views import Linear
@@ -106,18 +108,31 @@ def test_text_of_a_layer() -> None:
 
 
 @cache
-def prefill() -> Program:
-    return specialised("llama", "prefill", 1)
+def prefill(family: str = "llama") -> Program:
+    return specialised(family, "prefill", 1)
 
 
-def wide_weight(program: Program) -> Program:
-    """One weight as a column of a larger one."""
+def edited(program: Program, edit: Callable[[Linear], None]) -> Program:
+    """The same with other values behind the operands of its first product."""
     draft = program.copy()
-    site = next(Linear.all(draft))
-    rows, width = site.weight.meta["val"].shape
     with draft.fake_mode:
-        site.weight.meta["val"] = torch.empty(rows, 2 * width)[:, ::2]
+        edit(next(Linear.all(draft)))
     return draft
+
+
+def wide_weight(site: Linear) -> None:
+    rows, width = site.weight.meta["val"].shape
+    site.weight.meta["val"] = torch.empty(rows, 2 * width)[:, ::2]
+
+
+def wide_bias(site: Linear) -> None:
+    assert site.bias is not None
+    site.bias.meta["val"] = torch.empty(2 * site.rows)[::2]
+
+
+def single_bias(site: Linear) -> None:
+    assert site.bias is not None
+    site.bias.meta["val"] = torch.empty(1)
 
 
 def in_bfloat16(program: Program) -> Program:
@@ -131,14 +146,18 @@ def in_bfloat16(program: Program) -> Program:
     ("library", "program", "sentence"),
     [
         ("aten", prefill, 'library="aten" was asked for'),
-        ("auto", prefill, "nothing was timed: the weights are small, or plan_memory places the results"),
+        ("auto", prefill, "no library was timed, as optimize does where weights are large"),
         ("auto", lambda: told(prefill(), aten=10, onednn=20), "PyTorch's own choice was quickest: aten 10 µs, onednn"),
-        ("onednn", lambda: wide_weight(prefill()), "do not lie one behind the other"),
+        ("auto", lambda: told(prefill(), aten=10, onednn=9.5), "PyTorch's own choice was quickest"),  # not by much
+        ("onednn", lambda: edited(prefill(), wide_weight), "do not lie one behind the other"),
+        ("onednn", lambda: edited(prefill("qwen2"), wide_bias), "is not 128 numbers one behind the other"),
+        ("onednn", lambda: edited(prefill("qwen2"), single_bias), "is not 128 numbers one behind the other"),
     ],
 )
 def test_refusals(library: Any, program: Any, sentence: str) -> None:
     _, outcome = apply(LinearLibrary(library), program())
     assert sentence in outcome.refused[0].reason
+    assert outcome.expected == outcome.matched
 
 
 def test_half_precision_goes_through_onednn_anyway() -> None:
@@ -183,7 +202,8 @@ def test_all_products_are_timed_and_long_weights_count_in_proportion(monkeypatch
     monkeypatch.setattr(linear_timing, "_in_turns", clock)
     program = prefill()
     found = timed_linears(program, ("aten", "onednn"), LinearLibrary())
-    shapes = [tuple(site.weight.meta["val"].shape) for site in Linear.all(program)]
+    *sites, _ = Linear.all(program)  # the last is the head, of which a prompt needs one row
+    shapes = [tuple(site.weight.meta["val"].shape) for site in sites]
     assert asked == {(min(rows, 32 * 64 // width), width) for rows, width in shapes}
     parts = sum(rows / min(rows, 32 * 64 // width) for rows, width in shapes)
     assert [one.seconds for one in found.times] == [pytest.approx(2e-6 * parts), pytest.approx(1e-6 * parts)]
@@ -266,24 +286,37 @@ def test_a_library_that_computes_something_else_is_dropped(monkeypatch: pytest.M
     with pytest.warns(UserWarning, match="with linear_library applied, .*goes on without it"):
         fast = fxopt.optimize(stock, 64, chunk=16, backend="aot_eager", passes=INSISTING)
     assert fast.fxopt.report["linear_library"].dropped
+    assert "matrix products" not in str(fast.fxopt.report)
     assert tokens(fast) == tokens(stock)
 
 
-def test_strict_insists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LinearLibrary, "refuse", lambda self, program, site: "a reason")
-    with pytest.raises(RewriteError, match=r"linear_library matched 0 of 9 places \(a reason; a reason; a reason\)"):
-        fxopt.optimize(tiny("llama"), 64, chunk=16, backend="aot_eager", passes=INSISTING, strict=True)
+def test_who_changes_nothing_is_no_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling everything anew without it would show nothing."""
+    pipeline = Pipeline([LinearLibrary(), LinearLibrary("onednn")], prefill(), Policy())
+    assert pipeline.suspects() == [LinearLibrary("onednn")]
 
 
-def test_beside_a_plan_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_is_not_timed_for_every_token() -> None:
+    program = specialised("llama", "prefill", 1)
+    found = timed_linears(program, ("aten",), LinearLibrary())
+    assert found.setting == f"64 rows, {len(list(Linear.all(program))) - 1} products"
+
+
+@pytest.mark.parametrize("why_not", [None, "it makes none"])
+def test_beside_a_plan_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, why_not: str | None) -> None:
+    """Unless there is no arena after all."""
     timing_with(monkeypatch, clock := Clock())
-    with pytest.warns(
-        UserWarning, match="plan_memory can do nothing"
-    ):  # without Inductor; it was asked for all the same
+    monkeypatch.setattr(choices, "unplaceable", lambda backend, device: why_not)
+    with pytest.warns(UserWarning, match="plan_memory can do nothing"):  # without Inductor
         fast = fxopt.optimize(tiny("llama"), 64, chunk=16, backend="aot_eager", passes={"plan_memory": True})
-    assert clock.asked == 0
-    assert fast.fxopt.report.linears is None
-    assert "plan_memory places the results" in fast.fxopt.report["linear_library"].refused[0].reason
+    assert clock.asked == (why_not is not None)
+    assert (fast.fxopt.report.linears is None) == (why_not is None)
+
+
+def test_a_saved_graph_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "is_built_in", lambda: False)
+    with pytest.raises(ArtifactError, match="multiplies by oneDNN, and this PyTorch was built without it"):
+        operators.operator_of(ONEDNN)
 
 
 @pytest.mark.slow

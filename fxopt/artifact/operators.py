@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxopt.errors import ArtifactError
+from fxopt.onednn import is_built_in, onednn_linear
 
 #: Python's own functions, as graphs use them on sizes and on what returns several tensors.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -59,6 +60,10 @@ def operator_of(name: str) -> Callable[..., Any]:
     overload = getattr(packet, parts[3], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
     if not isinstance(overload, torch._ops.OpOverload):
         raise ArtifactError(f"the graph calls {name!r}, which is not known here; was it saved with other versions?")
+    if overload is onednn_linear and not is_built_in():
+        raise ArtifactError(
+            "the graph multiplies by oneDNN, and this PyTorch was built without it; optimize here again"
+        )
     for parameter in overload._schema.arguments:
         if not _TAKEN.fullmatch(str(parameter.type)):
             raise ArtifactError(f"the graph calls {name!r}, which takes a {parameter.type}; a file may not call it")
