@@ -30,9 +30,11 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-@torch.library.register_fake("fxopt::onednn_linear")  # type: ignore[untyped-decorator]
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+torch.library.register_fake("fxopt::onednn_linear", _fake)
 
 
 onednn_linear = torch.ops.fxopt.onednn_linear.default

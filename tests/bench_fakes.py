@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -83,7 +85,7 @@ class Taking(Fake):
 
     def __init__(self, name: str, meter: FakeMeter, *, code: int, cache: int, run: int, shares: bool = True) -> None:
         super().__init__(name, [])
-        self.shares_weights = shares  # type: ignore[misc]
+        self.shares_weights = shares
         self._meter, self._code, self._cache, self._run = meter, code, cache, run
         self._cached = False
 
@@ -115,3 +117,11 @@ def results(*figures: Figures, dtype: str = "float32") -> Results:
 
 def figure(contender: str = "fxopt", setting: Setting | None = None, **others: Any) -> Figures:
     return Figures(contender, setting or Setting(1, 20, 8, 28), contender.startswith("fxopt"), 3, 1.0, **others)
+
+
+def without_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is not read for its speed nor tidied up, and compilers keep their caches."""
+    for place in ("field", "models", "trouble"):
+        monkeypatch.setattr(f"fxopt.bench.{place}.tidy", lambda: None)
+    monkeypatch.setattr("fxopt.bench.measuring.read_speed", lambda device: 2e10)
+    monkeypatch.setattr("fxopt.bench.measuring.new_compilers", contextlib.nullcontext)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import itertools
 import json
@@ -14,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from bench_fakes import MACHINE, TINY
+from bench_fakes import MACHINE, TINY, without_what_takes_long
 from words import word_tokenizer
 
 from fxopt.bench import growth, machine
@@ -39,10 +38,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without what takes longer than a tiny model; the test of traces does everything."""
     if request.function is not test_traces:
-        monkeypatch.setattr("fxopt.bench.measuring.read_speed", lambda device: 2e10)
-        monkeypatch.setattr("fxopt.bench.field.tidy", lambda: None)
-        monkeypatch.setattr("fxopt.bench.models.tidy", lambda: None)
-        monkeypatch.setattr("fxopt.bench.measuring.new_compilers", contextlib.nullcontext)
+        without_what_takes_long(monkeypatch)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import weakref
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_fakes import MACHINE, TINY, Fake, FakeMeter, Taking, measuring
+from bench_fakes import MACHINE, TINY, Fake, FakeMeter, Taking, measuring, without_what_takes_long
 from torch import Tensor
 
 from fxopt.bench.contender import Contender
@@ -33,10 +32,7 @@ AXIS = Series(SIZES, "max-len")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("field", "models", "trouble"):
-        monkeypatch.setattr(f"fxopt.bench.{place}.tidy", lambda: None)
-    monkeypatch.setattr("fxopt.bench.measuring.read_speed", lambda device: 2e10)
-    monkeypatch.setattr("fxopt.bench.measuring.new_compilers", contextlib.nullcontext)
+    without_what_takes_long(monkeypatch)
 
 
 def fakes(names: Sequence[str], calls: list[tuple[str, int]], act: Callable[[str, int], Any] | None = None) -> Any:

@@ -43,8 +43,9 @@ def told(program: Program, **microseconds: float) -> Program:
 
 
 def tokens(model: Any, prompt: Tensor = PROMPT) -> list[list[int]]:
-    said = model.generate(prompt, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(prompt))
-    return said.tolist()  # type: ignore[no-any-return]
+    mask = torch.ones_like(prompt)
+    said: list[list[int]] = model.generate(prompt, max_new_tokens=8, do_sample=False, attention_mask=mask).tolist()
+    return said
 
 
 # --- the operator --------------------------------------------------------------------------------

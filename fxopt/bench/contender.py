@@ -22,7 +22,7 @@ class Contender(ABC):
     name: str
 
     #: Whether it computes with the stock model's own tensors, or with a copy that it read from a file.
-    shares_weights: ClassVar[bool] = True
+    shares_weights: bool = True
 
     #: Whether fxopt answers for its tokens: in float32 they have to be those of the stock model.
     is_ours: ClassVar[bool] = False
