@@ -19,6 +19,7 @@ from fxopt.offload.errors import StoreError
 from fxopt.offload.measuring import bandwidth, rates
 from fxopt.offload.prediction import predict
 from fxopt.offload.ring import Ring
+from fxopt.offload.work import Ticket
 
 SIZE = 64
 
@@ -257,7 +258,7 @@ def test_a_ring_that_nobody_holds_ends_its_thread_and_its_store() -> None:
 def test_no_reader_outlives_the_interpreter() -> None:
     ring, memory = ring_of(Patterns(), 3, 2)
     run(ring, memory, 3)
-    left, _ = ring_of(Patterns(seconds=0.3), 3, 2)
+    left, _ = ring_of(Patterns(seconds=0.8), 3, 2)  # two more reads: longer than who only looks would wait
     readers = [ring._reader, left._reader]
     with left.step():
         left.wait()
@@ -265,3 +266,24 @@ def test_no_reader_outlives_the_interpreter() -> None:
     del left  # its reader is still busy
     rings._stop_readers()
     assert not any(reader.is_alive() for reader in readers)
+
+
+def test_slots_are_let_go_of_while_their_reader_can_be_waited_for() -> None:
+    """Who ends the process waits for the readers that it finds; a tensor that goes later takes the process down."""
+    found: list[bool] = []
+    gone = threading.Event()
+
+    class Slot(bytearray):
+        def __del__(self) -> None:
+            found.append(threading.current_thread() in set[object](rings._readers))
+            gone.set()
+
+    def last() -> None:
+        gone.wait(0.2)  # the thread goes on when the ring is gone, and is then the last who has the slot
+
+    ring = Ring(Patterns(), [0], [Slot(SIZE)])
+    ring._reader.put(Ticket(last))
+    del ring
+    gc.collect()
+    assert gone.wait(5)
+    assert found == [True]

@@ -36,6 +36,7 @@ _rings: weakref.WeakSet[Ring] = weakref.WeakSet()
 _readers: weakref.WeakSet[Hand] = weakref.WeakSet()  # also of rings that are gone
 
 LOOK = 1.0  # seconds after which a waiting thread looks whether the reader is still there
+LAST_READ = 30.0  # seconds that the end of a process waits for reads that have been asked for
 SHORTEST = 20e-6  # seconds; what takes less was no wait, but looking at the clock
 
 
@@ -204,7 +205,7 @@ def _stop_readers() -> None:
     for ring in list(_rings):
         ring.close()
     for reader in list(_readers):
-        reader.join(LOOK)
+        reader.join(LAST_READ)
 
 
 atexit.register(_stop_readers)

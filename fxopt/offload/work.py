@@ -100,17 +100,19 @@ class Reader(threading.Thread):
     called = "the thread that reads"
 
     def __init__(self, work: Work, name: str) -> None:
-        super().__init__(name=name, daemon=True)
-        self._work = work
         self._tickets: SimpleQueue[Ticket | None] = SimpleQueue()
+        # An argument is let go of while the thread still counts as running. A field would go with this object, in the
+        # last moment of the thread, and a tensor that goes while the interpreter does takes the process down.
+        super().__init__(target=_serve, args=(work, self._tickets), name=name, daemon=True)
 
     def put(self, ticket: Ticket | None) -> None:
         self._tickets.put(ticket)
 
-    def run(self) -> None:
-        while (ticket := self._tickets.get()) is not None:
-            self._work.do(ticket)
-        self._work.store.close()
+
+def _serve(work: Work, tickets: SimpleQueue[Ticket | None]) -> None:
+    while (ticket := tickets.get()) is not None:
+        work.do(ticket)
+    work.store.close()
 
 
 class AtOnce:
