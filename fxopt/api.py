@@ -152,7 +152,7 @@ def _compiled(
     compiler = Compiler(backend, pipeline.kept, facts, limits, weight_streams, row_streams, dumps=True)
     ring = weight_streams.ring if weight_streams is not None else None
     engine = Engine(
-        facts, lambda role: compiler(pipeline.specialised(role), role), limits, compiler.arena, ring, row_streams
+        facts, lambda role: compiler(pipeline.compilable(role), role), limits, compiler.arena, ring, row_streams
     )
     for role in engine.first_roles():
         with progress.step(f"compile {role.name} for {role.sequences}"):

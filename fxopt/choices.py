@@ -8,7 +8,6 @@ from typing import Any
 
 from fxopt.attention_timing import timed_attention
 from fxopt.compiler import unplaceable
-from fxopt.driver import apply
 from fxopt.errors import first_line, warn
 from fxopt.linear_timing import timed_linears
 from fxopt.passes.decode_attention import DecodeAttention
@@ -40,8 +39,8 @@ def choose(pipeline: Pipeline, batch: int, progress: Progress) -> None:
 def note_linears(pipeline: Pipeline) -> None:
     """Say what every graph that is compiled loses and gains by the library that was chosen."""
     for rewriter in pipeline.kept:
-        if isinstance(rewriter, LinearLibrary):
-            _, outcome = apply(rewriter, pipeline.program)
+        if isinstance(rewriter, LinearLibrary) and (made := pipeline.attempt(rewriter, pipeline.program)) is not None:
+            _, outcome = made
             outcome.show_when_read(*pipeline.latest())
             pipeline.note(outcome)
 

@@ -13,12 +13,10 @@ from fxopt.activation_dag import activation_dag, dump
 from fxopt.activation_plan import plan_activations
 from fxopt.arena_memory import SharedArena
 from fxopt.chain import Chain, Code, Plan
-from fxopt.driver import apply
 from fxopt.engine import Limits
 from fxopt.errors import InvalidRequestError, LoweringError, first_line
 from fxopt.lower import Backend, ChainMaker, Lowered, lower
 from fxopt.outcome import Outcome, Spot
-from fxopt.passes.linear_library import LinearLibrary
 from fxopt.passes.plan_memory import PlanMemory
 from fxopt.program import Facts, Program
 from fxopt.rewrite import Pass
@@ -51,14 +49,11 @@ class Compiler:
         self._limits = limits
         passes = tuple(passes)
         self._planned = next((one for one in passes if isinstance(one, PlanMemory)), None)
-        self._linears = next((one for one in passes if isinstance(one, LinearLibrary)), None)
         self._dumps = dumps  # a model that is loaded must not write where its folder says
         has_arena = self._planned is not None and unplaceable(backend, facts.device) is None
         self.arena = SharedArena(facts.device) if has_arena else None
 
     def __call__(self, program: Program, role: Role) -> Lowered:
-        if self._linears is not None and self._linears.expected(program):
-            program, _ = apply(self._linears, program)
         sets = self._shape_sets(program, role) if self._planned is not None else ()
         if self._dumps:
             self._dump(program, role, sets)

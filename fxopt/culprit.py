@@ -141,7 +141,7 @@ def _narrowed(rewriter: Pass[Any], others: list[Pass[Any]], trials: _Trials) -> 
     trials.fail([*others, rewriter])
     outcome = trials.fast.fxopt.report[rewriter.name]
     numbers = range(outcome.matched + len(outcome.refused))
-    if len(numbers) < 2 or rewriter.stage is Stage.CODE:  # which the compiler applies, to whole graphs
+    if len(numbers) < 2 or rewriter.stage is Stage.CODE:  # which is applied to whole graphs, as they are compiled
         return rewriter, ()
     numbers_left = smallest(numbers, lambda part: trials.fail([*others, Only(rewriter, tuple(part))]))
     if len(numbers_left) == len(numbers):

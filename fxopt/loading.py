@@ -183,7 +183,7 @@ def _engine(
     compiler = Compiler(request.backend, saved.recipe.passes, facts, request.limits)
 
     def source(role: Role) -> Lowered:
-        return compiler(Pipeline(saved.recipe.passes, symbolic(), policy).specialised(role), role)
+        return compiler(Pipeline(saved.recipe.passes, symbolic(), policy).compilable(role), role)
 
     engine = Engine(facts, source, request.limits, compiler.arena)
     for one in saved.roles:

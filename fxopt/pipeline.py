@@ -141,6 +141,19 @@ class Pipeline:
         self._begin(start, program, judged)
         return self._apply(program, self._kept(Stage.DECODE), judged)
 
+    def compilable(self, role: Role) -> Program:
+        """The graph of a role as it is compiled: with what is done to each of them at the very end."""
+        last = [one for one in self._kept(Stage.CODE) if one.expected(self.program)]
+        return self._apply(self.specialised(role), last, None, noted=False)
+
+    def attempt(self, rewriter: Pass[Any], program: Program) -> tuple[Program, Outcome] | None:
+        """Apply a pass. One that fails has changed nothing, and is taken out."""
+        try:
+            return apply(rewriter, program)
+        except Exception as error:
+            self._failed(rewriter, program, error)
+            return None
+
     def verify(self) -> list[Check]:
         """Judge the symbolic program; if it is wrong, go through it again pass by pass and drop what spoils it."""
         if self._each and self._last_check is not None:
@@ -226,11 +239,9 @@ class Pipeline:
     ) -> Program:
         """Every pass in turn; one that fails or does harm leaves the program as it was."""
         for rewriter in passes:
-            try:
-                result, outcome = apply(rewriter, program)
-            except Exception as error:
-                self._failed(rewriter, program, error)
+            if (made := self.attempt(rewriter, program)) is None:
                 continue
+            result, outcome = made
             log.debug("%s matched %d of %s", rewriter.name, outcome.matched, outcome.expected)
             if noted:
                 self._note(outcome, result)
@@ -279,7 +290,7 @@ class Pipeline:
         )
 
     def _failed(self, rewriter: Pass[Any], program: Program, error: Exception) -> None:
-        """A pass that raised has changed nothing; go on without it unless it is needed."""
+        """Go on without a pass that raised, unless it is needed."""
         sentence = f"{rewriter.name} failed with {type(error).__name__}: {first_line(error)}"
         if rewriter.required or self.policy.strict:
             raise RewriteError(f"{sentence}. The stock model is unchanged.") from error

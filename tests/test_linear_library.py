@@ -291,6 +291,26 @@ def test_a_library_that_computes_something_else_is_dropped(monkeypatch: pytest.M
     assert tokens(fast) == tokens(stock)
 
 
+def test_one_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of the first graph that is compiled, when every graph before it has been verified."""
+
+    def failing(self: LinearLibrary, program: Program, site: Linear) -> None:
+        site.node.args = ()
+        raise LookupError("no such library\nand more")
+
+    monkeypatch.setattr(LinearLibrary, "rewrite", failing)
+    stock = tiny("llama")
+    with pytest.warns(UserWarning, match="linear_library failed with LookupError: no such library; fxopt goes on"):
+        fast = fxopt.optimize(stock, 64, chunk=16, backend="aot_eager", passes=INSISTING)
+    assert fast.fxopt.report["linear_library"].dropped == "linear_library failed with LookupError: no such library"
+    assert tokens(fast) == tokens(stock)
+    with pytest.raises(fxopt.RewriteError, match=r"no such library\. The stock model is unchanged"):
+        fxopt.optimize(stock, 64, chunk=16, backend="aot_eager", passes=INSISTING, strict=True)
+    with pytest.warns(UserWarning, match="no such library; fxopt goes on"):
+        report = fxopt.explain(stock, 64, passes=INSISTING)
+    assert report["linear_library"].dropped
+
+
 def test_who_changes_nothing_is_no_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling everything anew without it would show nothing."""
     pipeline = Pipeline([LinearLibrary(), LinearLibrary("onednn")], prefill(), Policy())
