@@ -9,16 +9,18 @@ code with one ``cat`` per layer for K and one for V, which is what the passes wa
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from transformers import DynamicCache, PreTrainedModel
@@ -27,7 +29,9 @@ from transformers.cache_utils import DynamicLayer
 from fxopt.errors import CaptureError, first_line
 from fxopt.origin import name_modules
 from fxopt.program import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, Facts, KVShape, Program, key_name, value_name
+from fxopt.size_proof import unproven
 from fxopt.stand_in import standing_in
+from fxopt.symbols import dimension
 from fxopt.twins import Kinds, Recorder, decoder_layers
 from fxopt.unfold import unfold
 
@@ -222,7 +226,7 @@ def _arguments(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _export(model: _TensorsIn, facts: Facts) -> torch.export.ExportedProgram:
+def _export(model: _TensorsIn, facts: Facts) -> ExportedProgram:
     layers = facts.layers
     limit = position_limit(model.model)
     longest = {"max": limit - 2} if limit is not None and limit > 16 else {}
@@ -234,19 +238,38 @@ def _export(model: _TensorsIn, facts: Facts) -> torch.export.ExportedProgram:
         "keys": [{0: batch, 2: past}] * len(layers),
         "values": [{0: batch, 2: past}] * len(layers),
     }
+    export = functools.partial(torch.export.export, model, (), _arguments(facts), dynamic_shapes=dynamic, strict=False)
     try:
-        return torch.export.export(
-            model,
-            (),
-            _arguments(facts),
-            dynamic_shapes=dynamic,
-            strict=False,
-        )
+        return export()
     except Exception as error:
+        if _is_about_sizes(error) and (shown := _shown(export)) is not None:
+            return shown
         raise CaptureError(
             f"{type(model.model).__name__} cannot be captured as one graph with symbolic lengths: {first_line(error)} "
             "The stock model is unchanged; models whose code branches on the length or on data are not supported yet."
         ) from error
+
+
+def _is_about_sizes(error: Exception) -> bool:
+    return isinstance(error, UserError) and error.error_type is UserErrorType.CONSTRAINT_VIOLATION
+
+
+def _shown(export: Callable[..., ExportedProgram]) -> ExportedProgram | None:
+    """The graph with what PyTorch cannot show of its sizes as assertions; None if we cannot, either."""
+    try:
+        exported = export(prefer_deferred_runtime_asserts_over_guards=True)
+    except Exception as error:
+        log.info("with comparisons of sizes as assertions: %s", first_line(error))
+        return None
+    by_name = {node.name: node for node in exported.graph.nodes}
+    tokens, mask, _, keys, *_ = (by_name[name] for name in exported.graph_signature.user_inputs)
+    width = dimension(mask, 1)
+    known = {width: dimension(keys, 2) + dimension(tokens, 1)} if width.is_Symbol else {}
+    claim = unproven(exported.graph, known)
+    if claim is not None:
+        log.info("the trace is right only where %s", claim)
+        return None
+    return exported
 
 
 def _program(module: GraphModule, facts: Facts) -> Program:

@@ -44,6 +44,7 @@ def timed(**microseconds: float) -> TimedForms:
 # --- the operator in a graph ---------------------------------------------------------------------
 
 
+@pytest.mark.pinned
 def test_split_on_grouped_heads_and_on_a_head_for_each_query(update_golden: bool) -> None:
     outcomes = check_pass(
         DecodeAttention("split"), ["llama", "gpt2"], matched={"llama": 2}, golden=GOLDEN, update_golden=update_golden

@@ -59,6 +59,7 @@ def _changes(before: Program, after: Program) -> str:
     return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@"))) + "\n"
 
 
+@pytest.mark.pinned
 def test_graph_texts_are_what_the_passes_write(update_golden: bool) -> None:
     wanted = blocks()
     text = WALK.read_text()

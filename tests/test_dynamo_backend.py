@@ -67,8 +67,10 @@ def test_generate_with_a_cache(cache: str) -> None:
         asked |= {"cache_implementation": "static", "disable_compile": True}
     model.forward = compiled(model.forward)
     assert model.generate(tokens(), **asked).tolist() == stock.generate(tokens(), **asked).tolist()
-    grouped = 0 if cache == "dynamic" else 2  # without a mask Transformers itself expands no heads
-    assert counts(last_reports()[-1]) == (grouped, 2, 2)
+    grouped, *fused = counts(last_reports()[-1])
+    assert fused == [2, 2]
+    # Without a mask no heads need be expanded, and newer releases of Transformers expand none.
+    assert grouped in ((0, 2) if cache == "dynamic" else (2,))
 
 
 def test_marked_sizes_compile_once() -> None:

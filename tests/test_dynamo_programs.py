@@ -135,7 +135,8 @@ def test_other_transformers(make: Callable[[], Any], inputs: tuple[str, ...], ma
     arguments = {name: tokens() for name in inputs}
     wanted = model(**arguments).last_hidden_state
     torch.testing.assert_close(compiled(model)(**arguments).last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
-    assert counts(only_report()) == matched
+    found = [counts(report) for report in last_reports()]  # some releases of Transformers break T5's graph in two
+    assert tuple(map(sum, zip(*found, strict=True))) == matched
 
 
 def test_autocast_is_left_alone() -> None:

@@ -40,6 +40,7 @@ def test_every_pass_has_a_row() -> None:
     assert list(LLAMA) == [kind.name for kind in PASSES if kind.stage is not Stage.CODE]  # those rewrite no graph
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("name", LLAMA)
 def test_ops_and_golden_text_on_llama(name: str, update_golden: bool) -> None:
     """The second layer after each pass, as text: a change of what a pass writes is seen in review."""
