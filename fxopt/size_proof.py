@@ -21,19 +21,21 @@ aten = torch.ops.aten
 def unproven(graph: Graph, known: Mapping[sympy.Symbol, sympy.Expr]) -> str | None:
     """The first assertion about sizes that does not hold for all of them. ``known`` says what some of them are."""
     for node in graph.nodes:
-        if node.target is aten._assert_scalar.default and not _always(node.args[0], known):
-            return str(node.args[0].meta["val"]) if isinstance(node.args[0], Node) else str(node.args[0])
+        if node.target is aten._assert_scalar.default:
+            condition = node.args[0]
+            claim = condition.meta.get("val", condition) if isinstance(condition, Node) else condition
+            if not _always(claim, known):
+                return str(claim)
     return None
 
 
-def _always(condition: object, known: Mapping[sympy.Symbol, sympy.Expr]) -> bool:
-    value = condition.meta["val"] if isinstance(condition, Node) else condition
-    if not isinstance(value, torch.SymBool):
-        return value is True
-    claim = sympy.sympify(value.node.expr).subs(known)
-    positive = {one: sympy.Symbol(one.name, integer=True, positive=True) for one in claim.free_symbols}
-    claim = claim.xreplace(positive).replace(functions.Min, sympy.Min).replace(functions.Max, sympy.Max)
-    return bool(claim.replace(lambda part: isinstance(part, Relational), _beside_zero) == sympy.true)
+def _always(claim: object, known: Mapping[sympy.Symbol, sympy.Expr]) -> bool:
+    if not isinstance(claim, torch.SymBool):
+        return claim is True
+    relation = sympy.sympify(claim.node.expr).subs(known)
+    positive = {one: sympy.Symbol(one.name, integer=True, positive=True) for one in relation.free_symbols}
+    relation = relation.xreplace(positive).replace(functions.Min, sympy.Min).replace(functions.Max, sympy.Max)
+    return bool(relation.replace(lambda part: isinstance(part, Relational), _beside_zero) == sympy.true)
 
 
 def _beside_zero(relation: Relational) -> sympy.Basic:
