@@ -41,6 +41,7 @@ def run(code: str, module: ModuleType) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.pinned
 @pytest.mark.filterwarnings("ignore:with wrong_norm applied")
 def test_the_code_runs_and_prints_what_the_page_shows(
     page: ModuleType, update_golden: bool, monkeypatch: pytest.MonkeyPatch
