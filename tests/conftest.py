@@ -42,7 +42,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("pinned") and (others := _other_versions()):
-        pytest.skip(f"its texts are of the versions in constraints.txt, and here there is {others}")
+        pytest.skip(f"it compares what the versions in constraints.txt make, and here there is {others}")
 
 
 @functools.cache

@@ -108,6 +108,7 @@ def test_all_passes_make_one_launch_that_reads_weights_and_cache_and_little_else
     assert final.peak_bytes == logits
 
 
+@pytest.mark.pinned
 def test_decode_passes_do_the_same_arithmetic() -> None:
     before, after = cost("inductor", "specialised"), cost("inductor", DEFAULT_PASSES[-1].name)
     assert after.flops == pytest.approx(before.flops, rel=0.02)
@@ -118,6 +119,7 @@ def test_decode_passes_do_the_same_arithmetic() -> None:
 COMPILED = {"llama": (30, 20, 1), "gemma2": (29, 25, 9), "mixtral": (44, 36, 13)}
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("family", COMPILED)
 def test_loops_are_joined_as_inductor_was_seen_to_join_them(family: str) -> None:
     minimal = specialise(stages("inductor", family, required_alone=True)["static_kv"], Role("decode", 1, 1))
@@ -176,6 +178,7 @@ def test_what_a_graph_cannot_serve_is_refused(batch: int, context: int) -> None:
         step_cost(stages("eager")["specialised"], batch=batch, context=context)
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_graph_of_the_pipeline_runs_as_counted(batch: int) -> None:
     for name, program in stages("eager").items():
@@ -189,6 +192,7 @@ def test_every_graph_of_the_pipeline_runs_as_counted(batch: int) -> None:
         assert found.peak_bytes + grown == pytest.approx(seen.peak_bytes, rel=0.02), name
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "mixtral"])
 def test_a_step_of_the_engine_runs_as_counted(family: str) -> None:
     """Off by bytes alone: the profiler leaves out the indices of ``index``, and notes Python's numbers as tensors."""
