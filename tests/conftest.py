@@ -45,6 +45,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"it compares what the versions in constraints.txt make, and here there is {others}")
 
 
+@pytest.fixture(scope="session")
+def other_versions() -> str:
+    """What is installed here and is not what constraints.txt names; "" where there is nothing to say."""
+    return _other_versions()
+
+
 @functools.cache
 def _other_versions() -> str:
     """What graphs are made by, where it is not what constraints.txt names."""
