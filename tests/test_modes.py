@@ -16,10 +16,9 @@ import torch
 import transformers
 from generation_modes import EAGER, FAST_LOOP, MODES, ON_THE_HUB
 from packaging.version import Version
-from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Side, eager, lively, play, slightly_off
+from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Side, eager, lively, play, play_stock, slightly_off
 
 import fxopt
-from fxopt.errors import first_line
 
 FAMILIES = ["llama", "gemma2", "mixtral", "gpt2"]
 
@@ -57,12 +56,7 @@ def test_mode(bench: Bench, name: str, other_versions: str) -> None:
         pytest.skip(f"not for the stock {bench.family}: {reason}")
     if Version(transformers.__version__) < Version(mode.since):
         pytest.skip(f"the stock model does it since Transformers {mode.since}")
-    try:
-        expected = play(mode, bench.stock)
-    except RuntimeError as error:
-        if not other_versions:
-            raise
-        pytest.skip(f"the stock model of {other_versions} cannot do it: {first_line(error)}")
+    expected = play_stock(mode, bench.stock, other_versions)
     before = bench.stats()
     found = play(mode, bench.fast)
     ran = bench.stats() - before

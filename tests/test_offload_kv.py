@@ -18,7 +18,7 @@ from generation_modes import MODES
 from memory_limits import at_most
 from offload_kv import run
 from torch import Tensor
-from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Side, lively, play, slightly_off
+from ways_to_generate import CHUNK, GREEDY, MAX_LEN, TWO, Side, lively, play, play_stock, slightly_off
 
 import fxopt
 from fxopt import ArtifactError, InvalidRequestError, RewriteError
@@ -142,11 +142,11 @@ def sides() -> tuple[Side, Side]:
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_mode(sides: tuple[Side, Side], name: str) -> None:
+def test_mode(sides: tuple[Side, Side], name: str, other_versions: str) -> None:
     mode = MODES[name]
     if reason := mode.unless.get("llama"):
         pytest.skip(f"not for the stock llama: {reason}")
-    expected, found = (play(mode, side) for side in sides)
+    expected, found = play_stock(mode, sides[0], other_versions), play(mode, sides[1])
     assert found.exact == expected.exact
     torch.testing.assert_close(found.close, expected.close, atol=1e-3, rtol=1e-3)
 

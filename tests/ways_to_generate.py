@@ -23,6 +23,7 @@ from transformers import (
 )
 from words import word_tokenizer
 
+from fxopt.errors import first_line
 from fxopt.families import SLIDING, VOCABULARY, tiny
 
 MAX_LEN = 96
@@ -344,6 +345,16 @@ def play(mode: Mode, side: Side) -> Answer:
     torch.manual_seed(11)
     with torch.no_grad():
         return mode.play(side)
+
+
+def play_stock(mode: Mode, side: Side, other_versions: str) -> Answer:
+    """What it gives on the side of the stock model. Where that is one of other versions, it may not be able to."""
+    try:
+        return play(mode, side)
+    except RuntimeError as error:
+        if not other_versions:
+            raise
+        pytest.skip(f"the stock model of {other_versions} cannot do it: {first_line(error)}")
 
 
 def eager(stats: Mapping[str, int]) -> dict[str, int]:
