@@ -129,13 +129,16 @@ GATED_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads"
     ids=["bert", "t5"],
 )
 @torch.no_grad()
-def test_other_transformers(make: Callable[[], Any], inputs: tuple[str, ...], matched: tuple[int, ...]) -> None:
+def test_other_transformers(
+    make: Callable[[], Any], inputs: tuple[str, ...], matched: tuple[int, ...], other_versions: str
+) -> None:
     """An encoder; and a model with cross-attention, whose query reads another input than key and value do."""
     model = make().eval()
     arguments = {name: tokens() for name in inputs}
     wanted = model(**arguments).last_hidden_state
     torch.testing.assert_close(compiled(model)(**arguments).last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
-    found = [counts(report) for report in last_reports()]  # some releases of Transformers break T5's graph in two
+    found = [counts(report) for report in last_reports()]
+    assert len(found) == 1 or other_versions  # older Transformers break T5's graph in two
     assert tuple(map(sum, zip(*found, strict=True))) == matched
 
 

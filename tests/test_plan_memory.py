@@ -137,11 +137,12 @@ def test_code_from_the_cache_says_what_it_was_planned_as(planned: Any, monkeypat
     assert torch.equal(_tokens(again), _tokens(planned))
 
 
-def test_the_page_draws_every_piece(planned: Any, tmp_path: Any) -> None:
+def test_the_page_draws_every_piece(planned: Any, tmp_path: Any, other_versions: str) -> None:
     planned.fxopt.report.save(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     drawn = [piece for use in planned.fxopt.report.arenas.values() for piece in use.placed if piece.arena]
-    assert page.count('class="memory-plan"') == len(drawn) >= 4  # what is embedded may need none
+    assert page.count('class="memory-plan"') == len(drawn)
+    assert len(drawn) == 4 or other_versions  # what is embedded needs no arena here, in either graph
     assert "lower bound" in page
     assert "modeling_llama.py:" in page
     policy = page.split("style-src ", 1)[1].split(";", 1)[0]

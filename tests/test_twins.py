@@ -68,10 +68,12 @@ def operators(program: Program) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", TRACED)
-def test_a_copy_is_what_a_trace_would_be(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_what_a_trace_would_be(family: str, monkeypatch: pytest.MonkeyPatch, other_versions: str) -> None:
     model = tiny(family, layers=LAYERS)
     copied = operators(captured(model))
-    assert len(set(traced_layers(model, monkeypatch))) == TRACED[family]  # twice where export needs a second try
+    traced = list(traced_layers(model, monkeypatch))
+    assert len(set(traced)) == TRACED[family]
+    assert len(traced) == TRACED[family] or other_versions  # older PyTorch may need a second try
     monkeypatch.setattr(twins.Recorder, "kinds", lambda self, shapes: Kinds())
     assert copied == operators(captured(model))
 
