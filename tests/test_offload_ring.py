@@ -166,7 +166,8 @@ def test_the_next_step_is_read_while_nothing_runs() -> None:
     time.sleep(0.08)  # the head, and sampling
     before = ring.tally.counters
     run(ring, memory, 4, seconds=0.03)
-    assert ring.tally.counters.waits - before.waits == 0
+    # A look at the clock that the system interrupts counts as a wait, too; one for a read would take 20 ms.
+    assert ring.tally.counters.exposed - before.exposed < 0.005
 
 
 def test_bandwidth_is_measured() -> None:
